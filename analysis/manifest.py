@@ -1,0 +1,136 @@
+"""What a sweep is made of, as engine/ writes it to the store and analysis/ reads it, with the keys of these files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from trainables.config import Config
+from trainables.errors import StoreError
+
+FORMAT = 1
+
+TaskId: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
+Scalar: TypeAlias = str | int | float | bool | None
+
+
+def sweep_key(name: str, file: str) -> str:
+    """The store's key of a file in a sweep's folder."""
+    return f"sweeps/{name}/{file}"
+
+
+def manifest_key(name: str) -> str:
+    """Key of the sweep's Manifest."""
+    return sweep_key(name, "manifest.json")
+
+
+def failures_key(name: str) -> str:
+    """Key of the sweep's failures, ``{task id: Failure}``; the file may be absent."""
+    return sweep_key(name, "failures.json")
+
+
+def run_key(run_id: str) -> str:
+    """Key of a training's RunRecord; it exists when the training is done."""
+    return f"runs/{run_id}/run.json"
+
+
+class RunEntry(Config):
+    """One row of the sweep: a run, or a base that runs start from (which has no training)."""
+
+    label: str = Field(min_length=1)
+    kind: Literal["run", "base"]
+    run_id: TaskId
+    sample_id: TaskId
+    judge_ids: dict[str, TaskId]  # metric name -> judging task
+    plain_loss_id: TaskId | None
+    config: dict[str, Scalar]  # flattened: training.learning_rate, defense, seed, ...
+
+
+class Manifest(Config):
+    """A sweep: its rows in order and its vectors (name -> task id)."""
+
+    format: int = FORMAT
+    name: str = Field(min_length=1)
+    runs: tuple[RunEntry, ...]
+    vectors: dict[str, TaskId]
+
+    @model_validator(mode="after")
+    def _labels_are_unique(self) -> Manifest:
+        labels = [entry.label for entry in self.runs]
+        repeated = sorted({label for label in labels if labels.count(label) > 1})
+        if repeated:
+            raise ValueError(f"labels must be unique; repeated: {', '.join(repeated)}")
+        return self
+
+
+class Failure(Config):
+    """Why a task did not do its work in the last invocation; kind ``skipped``: something it needs failed."""
+
+    kind: str
+    reason: str
+    log_tail: tuple[str, ...] = ()
+
+
+class RunRecord(BaseModel):
+    """What is read from a run's run.json; it may hold more."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+    status: str
+    seconds_training: float
+    num_steps: int
+    num_tokens: int
+    train_loss_last_epoch: float
+    started_utc: str
+    finished_utc: str
+
+
+_Value = TypeVar("_Value")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest in this file. Raises StoreError that names the file if it is not one of this version."""
+    content = _json(path)
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise StoreError(
+            f"{path}: a manifest of format {found!r}; this version of shiftgrad reads format {FORMAT}; "
+            "read it with the version that wrote it, or run the sweep again"
+        )
+    return _validated(Manifest, content, path)
+
+
+def read_failures(path: Path) -> dict[str, Failure]:
+    """The failures in this file by task id; none if there is no such file."""
+    if not path.exists():
+        return {}
+    return _validated(dict[str, Failure], _json(path), path)
+
+
+def read_run_record(path: Path) -> RunRecord | None:
+    """The record of a training, or None if there is none yet."""
+    if not path.exists():
+        return None
+    return _validated(RunRecord, _json(path), path)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StoreError(f"{path}: not a JSON file ({error}); run the sweep again to write it anew") from error
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _validated(model: type[_Value], content: Any, path: Path) -> _Value:
+    try:
+        return TypeAdapter(model).validate_python(content)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()
+        )
+        raise StoreError(f"{path}: not as shiftgrad writes it: {faults}") from error

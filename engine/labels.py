@@ -1,0 +1,91 @@
+"""What the runs of a sweep are called in tables and legends: the defense and what else tells them apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+_MAX_VALUE_CHARACTERS = 60
+
+Flat = dict[str, object]
+
+
+def unique_labels(heads: Sequence[str], cells: Sequence[Mapping[str, object]]) -> list[str]:
+    """One label per cell, no two equal: its head, then `` name=value`` for all that differs between the cells.
+
+    ``heads[i]`` is the label of the defense of cell i (or the user's own), ``cells[i]`` its plain data without
+    ``label``. Where defense labels hide a difference (they round numbers and count prompts), short values of the
+    defense are added too; cells that are still called the same get `` #2``, `` #3``.
+    """
+    flat = [_flatten(cell) for cell in cells]
+    differing = _differing([{k: v for k, v in one.items() if not _in_defense(k)} for one in flat])
+    labels = [head + _parts(one, differing) for head, one in zip(heads, flat, strict=True)]
+    for label, count in Counter(labels).items():
+        if count > 1:
+            same = [index for index, other in enumerate(labels) if other == label]
+            hidden = [name for name in _differing([flat[index] for index in same]) if _in_defense(name)]
+            for index in same:
+                labels[index] += _parts(flat[index], hidden, only_short=True)
+    return _numbered(labels)
+
+
+def _numbered(labels: Sequence[str]) -> list[str]:
+    taken: set[str] = set()
+    result = []
+    for label in labels:
+        unique, number = label, 1
+        while unique in taken or (number > 1 and unique in labels):
+            number += 1
+            unique = f"{label} #{number}"
+        taken.add(unique)
+        result.append(unique)
+    return result
+
+
+def _in_defense(name: str) -> bool:
+    return name == "defense" or name.startswith("defense.")
+
+
+def _flatten(value: object, prefix: str = "") -> Flat:
+    """Dotted name -> scalar; an empty mapping or list is a value of its own."""
+    if isinstance(value, Mapping) and value:
+        pairs = [(str(name), item) for name, item in value.items()]
+    elif isinstance(value, list | tuple) and value:
+        pairs = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return {prefix: value}
+    flat: Flat = {}
+    for name, item in pairs:
+        flat |= _flatten(item, f"{prefix}.{name}" if prefix else name)
+    return flat
+
+
+def _differing(flat: Sequence[Flat]) -> list[str]:
+    """Names whose value is not the same everywhere, in order of appearance; a name can be absent somewhere."""
+    names = dict.fromkeys(name for one in flat for name in one)
+    return [name for name in names if len({repr(one[name]) if name in one else None for one in flat}) > 1]
+
+
+def _parts(one: Flat, names: Sequence[str], only_short: bool = False) -> str:
+    texts = {name: _text(one[name]) for name in names if name in one}
+    if only_short:
+        texts = {name: text for name, text in texts.items() if len(text) <= _MAX_VALUE_CHARACTERS}
+    return "".join(f" {_short(name, names)}={text}" for name, text in texts.items())
+
+
+def _short(name: str, names: Sequence[str]) -> str:
+    """The shortest end of ``name`` that no other of ``names`` has; a number alone says nothing."""
+    parts = name.split(".")
+    for length in range(1, len(parts)):
+        end = parts[-length:]
+        if not end[0].isdecimal() and not any(other != name and other.split(".")[-length:] == end for other in names):
+            return ".".join(end)
+    return name
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, float) else " ".join(str(value).split())

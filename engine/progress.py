@@ -1,0 +1,151 @@
+"""Live progress: a line per running job with a terminal, plain log lines without one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+LINE_INTERVAL_S = 15.0
+FIGURES = {"loss": "loss {:.3f}", "tokens_per_s": "{:.0f} tok/s"}
+
+
+class ProgressView(Protocol):
+    """What shows progress to a person. ``label`` names a job; jobs are told apart by their id."""
+
+    def start(self, num_jobs: int) -> None: ...
+
+    def job_started(self, job_id: str, label: str) -> None: ...
+
+    def job_figures(self, job_id: str, label: str, figures: Mapping[str, Any]) -> None: ...
+
+    def job_ended(self, job_id: str, label: str, outcome: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def make_progress(console: Console) -> ProgressView:
+    """Live lines where the console is a terminal, log lines elsewhere."""
+    return LiveProgress(console) if console.is_terminal else LineProgress(console)
+
+
+class _Pace:
+    """Time left in a phase, from the units done since this process first heard of it."""
+
+    def __init__(self) -> None:
+        self._begun: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def seconds_left(self, job_id: str, phase: str, done: int, total: int) -> float | None:
+        now = time.monotonic()
+        started, first = self._begun.setdefault((job_id, phase), (now, done))
+        if done <= first:
+            return None
+        return (now - started) / (done - first) * (total - done)
+
+
+def _figures_text(figures: Mapping[str, Any], seconds_left: float | None) -> str:
+    parts = [text.format(figures[name]) for name, text in FIGURES.items() if name in figures]
+    if seconds_left is not None:
+        parts.append(f"{_duration(seconds_left)} left")
+    return ", ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+class LineProgress:
+    """One line when a job starts and ends, and every 15 s a line about each running one."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.pace = _Pace()
+        self.begun = time.monotonic()
+        self.last: dict[str, float] = {}
+        self.num_jobs = 0
+        self.num_ended = 0
+
+    def start(self, num_jobs: int) -> None:
+        self.num_jobs = num_jobs
+
+    def job_started(self, job_id: str, label: str) -> None:
+        self.last[job_id] = time.monotonic()
+        self._line(f"{label}: started")
+
+    def job_figures(self, job_id: str, label: str, figures: Mapping[str, Any]) -> None:
+        if "phase" not in figures or "done" not in figures:
+            return
+        phase, done, total = str(figures["phase"]), int(figures["done"]), int(figures["total"])
+        left = self.pace.seconds_left(job_id, phase, done, total)
+        now = time.monotonic()
+        if now - self.last.get(job_id, 0.0) < LINE_INTERVAL_S:
+            return
+        self.last[job_id] = now
+        text = _figures_text(figures, left)
+        self._line(f"{label}: {phase} {done}/{total}" + (f", {text}" if text else ""))
+
+    def job_ended(self, job_id: str, label: str, outcome: str) -> None:
+        self.num_ended += 1
+        self._line(f"{label}: {outcome} ({self.num_ended}/{self.num_jobs} jobs)")
+
+    def stop(self) -> None:
+        """Nothing stays open."""
+
+    def _line(self, text: str) -> None:
+        stamp = _duration(time.monotonic() - self.begun)
+        self.console.print(f"[{stamp:>7}] {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+class LiveProgress:
+    """A bar for the sweep and one for every running job."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[figures]}", style="dim"),
+            console=console,
+            refresh_per_second=4,
+        )
+        self.pace = _Pace()
+        self.bars: dict[str, TaskID] = {}
+        self.sweep: TaskID | None = None
+
+    def start(self, num_jobs: int) -> None:
+        self.progress.start()
+        self.sweep = self.progress.add_task("[bold]sweep[/bold]", total=num_jobs, figures="jobs done")
+
+    def job_started(self, job_id: str, label: str) -> None:
+        if job_id not in self.bars:
+            self.bars[job_id] = self.progress.add_task(f"{escape(label)}: starting", total=None, figures="")
+
+    def job_figures(self, job_id: str, label: str, figures: Mapping[str, Any]) -> None:
+        if "phase" not in figures or "done" not in figures or job_id not in self.bars:
+            return
+        phase, done, total = str(figures["phase"]), int(figures["done"]), int(figures["total"])
+        left = self.pace.seconds_left(job_id, phase, done, total)
+        self.progress.update(
+            self.bars[job_id],
+            description=f"{escape(label)}: {phase}",
+            completed=done,
+            total=total,
+            figures=_figures_text(figures, left),
+        )
+
+    def job_ended(self, job_id: str, label: str, outcome: str) -> None:
+        bar = self.bars.pop(job_id, None)
+        if bar is not None:
+            self.progress.remove_task(bar)
+        self.progress.console.print(f"{escape(label)}: {escape(outcome)}", highlight=False)
+        if self.sweep is not None:
+            self.progress.advance(self.sweep)
+
+    def stop(self) -> None:
+        self.progress.stop()

@@ -1,0 +1,257 @@
+"""Running a sweep: from a sweep file to tables. Running it again IS resuming it."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from analysis.manifest import Failure, failures_key, manifest_key, sweep_key
+from analysis.results import Results, load
+from engine.judge_pool import JudgePool
+from engine.machine import read_machine
+from engine.prepare import Prepared, prepare
+from engine.progress import ProgressView, make_progress
+from engine.scheduler import Placement, run_graph
+from engine.store import Store
+from engine.tasks import Job, JudgeTask, RunJob
+from engine.work import SweepWork, versions
+
+LOG_TAIL_LINES = 15
+OBJECT_STORE_BYTES = 200 * 10**6  # only ids, configs and vectors pass through it
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an invocation ended. ``failures`` maps task ids to what went wrong; empty means everything is done."""
+
+    results: Results
+    failures: Mapping[str, Failure]
+    num_done_before: int
+    num_jobs: int
+
+
+@dataclass
+class _Watcher:
+    """Passes what happens to the progress view, the judge pool and the list of failures."""
+
+    prepared: Prepared
+    store: Store
+    view: ProgressView
+    pool: JudgePool | None = None
+    failures: dict[str, Failure] = field(default_factory=dict)
+    begun: dict[str, float] = field(default_factory=dict)
+
+    def _label(self, job_id: str) -> str:
+        return self.prepared.jobs[job_id].label
+
+    def started(self, job_id: str) -> None:
+        self.begun.setdefault(job_id, time.monotonic())
+        self.view.job_started(job_id, self._label(job_id))
+
+    def figures(self, job_id: str, figures: Mapping[str, Any]) -> None:
+        if "sampled" in figures and self.pool is not None:
+            self.pool.submit(str(figures["sampled"]))
+        self.view.job_figures(job_id, self._label(job_id), figures)
+
+    def done(self, job_id: str) -> None:
+        job = self.prepared.jobs[job_id]
+        if isinstance(job, RunJob) and self.pool is not None:
+            for sample in job.samples:
+                self.pool.submit(sample.id)
+        seconds = time.monotonic() - self.begun.get(job_id, time.monotonic())
+        self.view.job_ended(job_id, self._label(job_id), f"done in {seconds:.0f} s")
+
+    def failed(self, job_id: str, reason: str) -> None:
+        self.failures[job_id] = Failure(kind="failed", reason=reason, log_tail=self._log_tail(job_id))
+        self.view.job_ended(job_id, self._label(job_id), f"FAILED: {reason}")
+
+    def skipped(self, job_id: str, reason: str) -> None:
+        self.failures[job_id] = Failure(kind="skipped", reason=reason)
+        self.view.job_ended(job_id, self._label(job_id), f"skipped: {reason}")
+
+    def judging_failed(self, task_id: str, reason: str) -> None:
+        self.failures[task_id] = Failure(kind="failed", reason=reason)
+
+    def _log_tail(self, job_id: str) -> tuple[str, ...]:
+        key = f"runs/{job_id}/log.txt"
+        if not self.store.exists(key):
+            return ()
+        return tuple(self.store.read(key).decode(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+
+
+def run_sweep(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    console: Console | None = None,
+    address: str | None = None,
+) -> Outcome:
+    """Do everything that the sweep file means and is not done yet, and return its results.
+
+    ``address``: a running Ray cluster; None starts Ray on this machine and stops it again. Raises ConfigError before
+    anything starts if the file cannot be meant. A failed run never stops the others: it is in ``Outcome.failures``.
+    """
+    console = console or Console()
+    prepared = prepare(path, overrides, read_machine())
+    store = Store.open(prepared.sweep.results, create=True)
+    write_sweep(prepared, store)
+    jobs = pending_jobs(prepared, store)
+    unjudged = pending_judge_tasks(prepared, store)
+    view = make_progress(console)
+    watcher = _Watcher(prepared, store, view)
+    if jobs or unjudged:
+        _work(prepared, store, jobs, unjudged, watcher, address)
+    store.publish_json(
+        failures_key(prepared.sweep.name),
+        {task_id: failure.model_dump(mode="json") for task_id, failure in watcher.failures.items()},
+    )
+    return Outcome(
+        results=load(store.path(sweep_key(prepared.sweep.name, "manifest.json")).parent),
+        failures=watcher.failures,
+        num_done_before=len(prepared.jobs) - len(jobs),
+        num_jobs=len(prepared.jobs),
+    )
+
+
+def pending_jobs(prepared: Prepared, store: Store) -> dict[str, Job]:
+    """Jobs with an output that is not in the store, in order."""
+    return {
+        job_id: job
+        for job_id, job in prepared.jobs.items()
+        if not all(store.exists(key) for key in job.outputs())
+    }
+
+
+def pending_judge_tasks(prepared: Prepared, store: Store) -> dict[str, JudgeTask]:
+    """Judging tasks whose scores are not in the store."""
+    return {
+        task.id: task for task in prepared.judge_tasks.values() if not store.exists(f"tables/scores/{task.id}.parquet")
+    }
+
+
+def write_sweep(prepared: Prepared, store: Store) -> None:
+    """Put inputs, the resolved sweep file, the manifest and the provenance of this invocation into the store."""
+    name = prepared.sweep.name
+    for content in prepared.inputs.values():
+        store.put_input(content)
+    text = yaml.safe_dump(prepared.sweep.raw, sort_keys=False, allow_unicode=True)
+    store.publish(sweep_key(name, "sweep.yaml"), text.encode())
+    store.publish_json(sweep_key(name, "provenance.json"), provenance(prepared))
+    store.publish_json(manifest_key(name), prepared.manifest.model_dump(mode="json"))
+
+
+def provenance(prepared: Prepared) -> dict[str, Any]:
+    """Where the numbers of this invocation come from."""
+    return {
+        "sweep_file": prepared.sweep.path.name,
+        "arguments": sys.argv[1:],
+        "started_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "git_revision": _git_revision(),
+        "platform": platform.platform(),
+        "device": prepared.device,
+        "trials_side_by_side": prepared.num_trials,
+        "threads_per_trial": prepared.sweep.execution.cpus_per_trial,
+    }
+
+
+def _git_revision() -> str | None:
+    """Commit of the checkout that this code runs from, with ``+changes``; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    revision = git("rev-parse", "HEAD")
+    if revision is None:
+        return None
+    return revision + ("+changes" if git("status", "--porcelain") else "")
+
+
+def _work(
+    prepared: Prepared,
+    store: Store,
+    jobs: Mapping[str, Job],
+    unjudged: Mapping[str, JudgeTask],
+    watcher: _Watcher,
+    address: str | None,
+) -> None:
+    """Start Ray, do the jobs, judge, stop Ray."""
+    import ray
+
+    execution = prepared.sweep.execution
+    memory_gb = execution.memory_gb_per_trial
+    _start_ray(address, execution.cpus_per_trial)
+    watcher.view.start(len(jobs))
+    try:
+        watcher.pool = JudgePool(store, unjudged, watcher.judging_failed)
+        for task in unjudged.values():
+            if store.exists(f"tables/generations/{task.sample_id}.parquet"):
+                watcher.pool.submit(task.sample_id)
+        run_graph(
+            jobs,
+            SweepWork(
+                store=store,
+                jobs=dict(prepared.jobs),
+                device=prepared.device,
+                threads=execution.cpus_per_trial,
+                zero_stage=execution.zero_stage,
+                gradient_checkpointing=execution.gradient_checkpointing,
+            ),
+            Placement(
+                num_trials=prepared.num_trials,
+                cpus_per_trial=execution.cpus_per_trial,
+                gpus_per_trial=prepared.gpus_per_trial,
+                memory_bytes_per_trial=None if memory_gb is None else int(memory_gb * 1e9),
+                max_retries=execution.max_retries,
+            ),
+            watcher,
+        )
+        watcher.pool.wait()
+    finally:
+        watcher.view.stop()
+        ray.shutdown()
+
+
+def _start_ray(address: str | None, threads: int) -> None:
+    """A Ray of our own on this machine (never one that happens to run here), or the cluster at ``address``."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the store has the tables
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    import ray
+
+    worker_environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    if address is not None:
+        ray.init(address=address, runtime_env={"env_vars": worker_environment}, log_to_driver=False)
+        return
+    machine = read_machine()
+    ray.init(
+        address="local",
+        num_cpus=machine.num_cpus,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        runtime_env={"env_vars": worker_environment},
+    )

@@ -1,0 +1,176 @@
+"""The task graph inside one ``Tuner.fit``: Tune places jobs and starts them again when their process dies.
+
+Tune's own storage is throw-away: what is done is known from the store alone. A Searcher hands Tune a job once all of
+its parents are done; children of a failed job are never handed out.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.search import Searcher
+
+from engine.tasks import Job
+from trainables.tune_trainable import Work, tune_trainable
+
+
+class Watcher(Protocol):
+    """Told what happens to jobs while they run, in the driver process."""
+
+    def started(self, job_id: str) -> None: ...
+
+    def figures(self, job_id: str, figures: Mapping[str, Any]) -> None: ...
+
+    def done(self, job_id: str) -> None: ...
+
+    def failed(self, job_id: str, reason: str) -> None: ...
+
+    def skipped(self, job_id: str, reason: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where trials run and how often a dead one is started again."""
+
+    num_trials: int
+    cpus_per_trial: int
+    gpus_per_trial: float
+    memory_bytes_per_trial: int | None
+    max_retries: int
+
+
+class _GraphSearcher(Searcher):
+    """Suggests jobs whose parents are done, in order; None while the rest has to wait; FINISHED when none is left."""
+
+    def __init__(self, jobs: Mapping[str, Job], watcher: Watcher) -> None:
+        super().__init__(metric=None, mode=None)
+        self.waiting = dict(jobs)
+        self.open = set(jobs)  # not done: a parent that is not open was done before this invocation
+        self.lost: dict[str, str] = {}  # failed or skipped -> its label
+        self.job_of_trial: dict[str, str] = {}
+        self.watcher = watcher
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        self._skip_children_of_lost()
+        for job_id, job in self.waiting.items():
+            if not any(parent in self.open for parent in job.parents):
+                del self.waiting[job_id]
+                self.job_of_trial[trial_id] = job_id
+                return {"job": job_id}
+        return None if self.waiting else Searcher.FINISHED
+
+    def _skip_children_of_lost(self) -> None:
+        found = True
+        while found:
+            found = False
+            for job_id, job in list(self.waiting.items()):
+                lost = [parent for parent in job.parents if parent in self.lost]
+                if lost:
+                    del self.waiting[job_id]
+                    self.open.discard(job_id)
+                    self.lost[job_id] = job.label
+                    self.watcher.skipped(job_id, f"needs {self.lost[lost[0]]}, which failed")
+                    found = True
+
+    def finish(self, trial_id: str, job: Job | None, reason: str | None) -> None:
+        """A trial ended for good; with a ``reason`` its job failed."""
+        job_id = self.job_of_trial[trial_id]
+        self.open.discard(job_id)
+        if reason is None:
+            self.watcher.done(job_id)
+        else:
+            self.lost[job_id] = job.label if job is not None else job_id
+            self.open.add(job_id)
+            self.watcher.failed(job_id, reason)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Everything happens in the callback, which knows a failed trial's error; Tune calls it first."""
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Figures go to the watcher by the callback."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the store says what is done."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore: the store says what is done."""
+
+
+class _Callback(tune.Callback):
+    """Passes on what Tune tells about trials. Tune pickles callbacks, so what cannot be pickled is left out then."""
+
+    def __init__(self, searcher: _GraphSearcher, jobs: Mapping[str, Job], watcher: Watcher) -> None:
+        self.searcher = searcher
+        self.jobs = jobs
+        self.watcher = watcher
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        del iteration, trials, info
+        self.watcher.started(trial.config["job"])
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        del iteration, trials, info
+        self.watcher.figures(trial.config["job"], result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        del iteration, trials, info
+        result = trial.last_result or {}
+        reason = result.get("reason", "no reason was given") if result.get("status") == "failed" else None
+        if reason is None and result.get("status") != "done":
+            reason = f"the trial ended without a result (last status: {result.get('status')})"
+        self.searcher.finish(trial.trial_id, self.jobs.get(trial.config["job"]), reason)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        del iteration, trials, info
+        reason = _short_reason(trial)
+        self.searcher.finish(trial.trial_id, self.jobs.get(trial.config["job"]), reason)
+
+
+def _short_reason(trial: Trial) -> str:
+    """The last meaningful line of a dead trial's error."""
+    text = str(getattr(trial, "get_error", lambda: None)() or "the process of the trial died")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else text
+
+
+def run_graph(jobs: Mapping[str, Job], work: Work, placement: Placement, watcher: Watcher) -> None:
+    """Do all jobs that can be done. Ray must be initialised. One failed job never stops the others.
+
+    Raises KeyboardInterrupt when the user stops it; finished jobs stay finished.
+    """
+    if not jobs:
+        return
+    resources: dict[str, float] = {"cpu": placement.cpus_per_trial, "gpu": placement.gpus_per_trial}
+    if placement.memory_bytes_per_trial is not None:
+        resources["memory"] = placement.memory_bytes_per_trial
+    searcher = _GraphSearcher(jobs, watcher)
+    trainable = tune.with_resources(tune.with_parameters(tune_trainable, work=work), resources)
+    with tempfile.TemporaryDirectory(prefix="shiftgrad-tune-") as throw_away:
+        tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=len(jobs),
+                max_concurrent_trials=placement.num_trials,
+                reuse_actors=True,  # starting a process and importing torch costs 8 s, a reused one 0.4 s
+                trial_name_creator=lambda trial: trial.config["job"],
+                trial_dirname_creator=lambda trial: trial.config["job"],
+            ),
+            run_config=tune.RunConfig(
+                name="sweep",
+                storage_path=throw_away,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=placement.max_retries),
+                callbacks=[_Callback(searcher, jobs, watcher)],
+            ),
+        ).fit()

@@ -1,0 +1,203 @@
+"""The sweep file: what a user writes, and the cells that it means.
+
+    sweep = load_sweep("configs/sweeps/quickstart.yaml", ["training.epochs=1"])
+    for cell in sweep.cells: ...
+
+Every key is checked before anything else happens, and every fault is reported at once, under the key that the user
+wrote. Whether the files, traits and layers that it names exist is not known here: see engine/inputs.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.cells import SECTIONS, UNLABELLED, build_cells, cell_key
+from engine.config_faults import nearest, show, validate
+from engine.grid import is_grid
+from engine.labels import unique_labels
+from engine.merging import Merged
+from engine.overrides import apply_overrides
+from engine.sweep_models import (
+    Cell,
+    Difference,
+    DifferenceVector,
+    EvaluationConfig,
+    ExecutionConfig,
+    FileVector,
+    OneVector,
+    RandomVector,
+    SweepFile,
+    VectorConfig,
+)
+from engine.yaml_text import read_yaml
+from trainables.defenses import defense_label
+from trainables.errors import ConfigError, Fault
+
+__all__ = [
+    "Cell",
+    "Difference",
+    "DifferenceVector",
+    "EvaluationConfig",
+    "ExecutionConfig",
+    "FileVector",
+    "RandomVector",
+    "Sweep",
+    "SweepFile",
+    "VectorConfig",
+    "check_sweep",
+    "load_sweep",
+]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file as it is meant. ``raw`` is the file's plain data with the overrides written in."""
+
+    name: str
+    path: Path
+    results: str
+    vectors: dict[str, VectorConfig]
+    cells: tuple[Cell, ...]
+    execution: ExecutionConfig
+    raw: dict[str, Any]
+    merged: tuple[Merged, ...] = field(repr=False, compare=False)  # per cell: where its parts stand in the file
+
+    def key(self, cell: int, *path: str | int) -> str:
+        """Where ``path`` of ``cells[cell]`` stands in the file: ``key(3, "defense", 0, "layer")`` may be
+        ``runs[1].defense.layer``, and ``key(3, "base", "model")`` is ``base.model`` unless the block says its own."""
+        return cell_key(self.merged[cell], path)
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Read ``path``, write ``overrides`` (``training.epochs=1``) into it, and check it whole.
+
+    Raises ConfigError with every fault. Touches nothing but the file.
+    """
+    sweep, faults = check_sweep(path, overrides)
+    if faults or sweep is None:
+        raise ConfigError(faults)
+    return sweep
+
+
+def check_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep | None, list[Fault]]:
+    """Like ``load_sweep`` for a caller with checks of its own to add before it complains.
+
+    The sweep is None if the text is no sweep at all; beside faults it holds the vectors and cells that are sound.
+    """
+    path = Path(path)
+    raw, faults = _read(path)
+    if raw is None:
+        return None, faults
+    faults += apply_overrides(raw, overrides)
+    file = {name: value for name, value in raw.items() if value is not None}  # a section left empty says nothing
+    faults += [Fault(name, _unknown(name)) for name in file if name not in SweepFile.model_fields]
+    known = {name: value for name, value in file.items() if name in SweepFile.model_fields}
+    frame, frame_faults = validate(SweepFile, known)
+    faults += frame_faults
+    misplaced = _misplaced_grids(known)
+    faults += _random_like_faults(_mapping(file, "vectors"))
+    cells, merged, cell_faults = build_cells(file)
+    faults += cell_faults
+    # What else is wrong with a value that is a misplaced grid follows from that.
+    keys = tuple(fault.key for fault in misplaced)
+    faults = misplaced + [
+        fault for fault in faults if not any(fault.key == key or fault.key.startswith(f"{key}.") for key in keys)
+    ]
+    labels = unique_labels(
+        [defense_label(cell.defense) if cell.label == UNLABELLED else cell.label for cell in cells],
+        [cell.model_dump(exclude={"label"}) for cell in cells],
+    )
+    sweep = Sweep(
+        name=frame.name if frame else show(file.get("name")),
+        path=path,
+        results=frame.results if frame else str(file.get("results")),
+        vectors=dict(frame.vectors) if frame else _sound_vectors(file),
+        cells=tuple(cell.model_copy(update={"label": text}) for cell, text in zip(cells, labels, strict=True)),
+        execution=frame.execution if frame else ExecutionConfig(),
+        raw=raw,
+        merged=tuple(merged),
+    )
+    return sweep, list(dict.fromkeys(faults))
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, list[Fault]]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return None, [Fault(str(path), f"not UTF-8 text: {error.reason} at byte {error.start}")]
+    except OSError as error:
+        return None, [Fault(str(path), f"cannot be read: {error.strerror or error}")]
+    raw, faults = read_yaml(text, str(path))
+    if isinstance(raw, dict):
+        return raw, faults
+    if not faults:
+        what = "it is empty" if raw is None else f"it holds {show(raw)}"
+        faults = [Fault(str(path), f"a sweep file is a mapping with at least name and runs; {what}")]
+    return None, faults
+
+
+def _unknown(name: str) -> str:
+    """Why ``name`` is no top-level key, for the places where it is one."""
+    if name in Cell.model_fields:
+        return f"belongs in a block of runs, or for every block in axes: {{{name}: {{grid: [...]}}}}"
+    for section in SECTIONS:
+        model = Cell.model_fields[section].annotation
+        if name in getattr(model, "model_fields", {}):
+            return f"unknown key; did you mean {section}.{name}? allowed: {', '.join(SweepFile.model_fields)}"
+    if name in ExecutionConfig.model_fields:
+        return f"unknown key; did you mean execution.{name}? allowed: {', '.join(SweepFile.model_fields)}"
+    return f"unknown key; {nearest(name, SweepFile.model_fields)}"
+
+
+def _mapping(file: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = file.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _misplaced_grids(file: Mapping[str, Any]) -> list[Fault]:
+    """A grid outside of runs and axes would belong to no block in particular."""
+
+    def search(value: object, key: str) -> list[Fault]:
+        name = key.partition(".")[0]
+        if is_grid(value):
+            advice = f"; for every block write it in axes: {{{key}: {{grid: [...]}}}}" if name in SECTIONS else ""
+            return [Fault(key, f"a grid stands only in a block of runs or in axes{advice}")]
+        if isinstance(value, dict):
+            return [fault for part, item in value.items() for fault in search(item, f"{key}.{part}")]
+        return []
+
+    return [fault for name, value in file.items() if name not in ("runs", "axes") for fault in search(value, name)]
+
+
+def _random_like_faults(vectors: Mapping[str, Any]) -> list[Fault]:
+    """``random_like`` must end at a vector that is made of something."""
+    like = {
+        name: spec["random_like"]
+        for name, spec in vectors.items()
+        if isinstance(spec, dict) and isinstance(spec.get("random_like"), str)
+    }
+    faults = []
+    for name, other in like.items():
+        chain = [name]
+        while other in like and other not in chain:
+            chain.append(other)
+            other = like[other]
+        if other == name:
+            faults.append(Fault(f"vectors.{name}.random_like", f"goes in a circle: {' -> '.join([*chain, name])}"))
+        elif like[name] not in vectors:
+            others = [known for known in vectors if known != name]
+            message = f"no vector {show(like[name])}; {nearest(like[name], others)}"
+            faults.append(Fault(f"vectors.{name}.random_like", message))
+    return faults
+
+
+def _sound_vectors(file: Mapping[str, Any]) -> dict[str, VectorConfig]:
+    sound: dict[str, VectorConfig] = {}
+    for name, spec in _mapping(file, "vectors").items():
+        one, _ = validate(OneVector, {"vector": spec})
+        if one is not None:
+            sound[name] = one.vector
+    return sound

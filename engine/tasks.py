@@ -1,0 +1,222 @@
+"""Tasks: units of work with an identity, and the jobs that place them in one process.
+
+A task's id is the first 12 hex digits of sha256 over canonical JSON of everything that can change its outcome: file
+inputs by content hash, the base by name and revision, what other tasks make by their ids, and a ``semantics`` number
+per method that is raised when a fix changes numbers. Paths, names, worker counts and machines are not in it. So every
+id is known before anything runs, and the same id means the same experiment.
+
+Everything here is plain data that pickles: workers get a job, and read files only from the store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal, TypeAlias
+
+from analysis.judges import MetricConfig
+from trainables.base_model import ResolvedBase
+from trainables.chat_data import DataConfig
+from trainables.config import Config, NamesPrompts, NamesVector, referenced
+from trainables.defenses import Item
+from trainables.sample import SamplingConfig
+from trainables.train import TrainingConfig
+
+VECTOR_SEMANTICS = 1
+TRAIN_SEMANTICS = 1
+SAMPLE_SEMANTICS = 1
+LOSS_SEMANTICS = 1
+
+
+def task_id(recipe: dict[str, Any]) -> str:
+    """Identity of the task with this recipe."""
+    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class DifferenceRecipe(Config):
+    """Mean response activation over one file minus that over another; files by content hash."""
+
+    kind: Literal["difference"] = "difference"
+    base: ResolvedBase
+    positive: str
+    negative: str
+    max_length: int
+
+    def identity(self) -> dict[str, Any]:
+        files = {"positive": self.positive, "negative": self.negative, "max_length": self.max_length}
+        return {"kind": "vector/difference", "semantics": VECTOR_SEMANTICS, "base": self.base.identity()} | files
+
+
+class RandomRecipe(Config):
+    """Gaussian rows of the norms of another vector. ``name`` is part of the draw, so it is part of the identity."""
+
+    kind: Literal["random_like"] = "random_like"
+    like: str  # task id of the other vector
+    name: str
+    seed: int
+
+    def identity(self) -> dict[str, Any]:
+        draw = {"like": self.like, "name": self.name, "seed": self.seed}
+        return {"kind": "vector/random_like", "semantics": VECTOR_SEMANTICS} | draw
+
+
+class FileRecipe(Config):
+    """A vector file that the user brings, by content hash."""
+
+    kind: Literal["file"] = "file"
+    content: str
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "vector/file", "semantics": VECTOR_SEMANTICS, "content": self.content}
+
+
+VectorRecipe: TypeAlias = DifferenceRecipe | RandomRecipe | FileRecipe
+
+
+class TrainTask(Config):
+    """One training. ``defense`` names vectors by task id and holds prompt banks as texts."""
+
+    id: str
+    base: ResolvedBase
+    data: DataConfig
+    train_content: str  # sha256 of the training rows
+    defense: tuple[Item, ...]
+    training: TrainingConfig
+    seed: int
+
+    @staticmethod
+    def identity(
+        base: ResolvedBase,
+        data: DataConfig,
+        train_content: str,
+        defense: tuple[Item, ...],
+        training: TrainingConfig,
+        seed: int,
+    ) -> dict[str, Any]:
+        micro = training.micro_batch_size or training.batch_size
+        settled = training.model_copy(update={"micro_batch_size": min(micro, training.batch_size)})
+        return {
+            "kind": "train",
+            "semantics": TRAIN_SEMANTICS,
+            "base": base.identity(),
+            "data": data.model_dump(mode="json", exclude={"train"}) | {"train": train_content},
+            "defense": [item.model_dump(mode="json") | {"semantics": item.semantics} for item in defense],
+            "training": settled.model_dump(mode="json"),
+            "seed": seed,
+        }
+
+    def vector_ids(self) -> tuple[str, ...]:
+        """Tasks that make the vectors of this training's defense."""
+        return tuple(str(value) for item in self.defense for value in referenced(item, NamesVector).values())
+
+
+class QuestionText(Config):
+    """A question of an evaluation."""
+
+    id: str
+    text: str
+
+
+class SampleTask(Config):
+    """Answers of one run to an evaluation's questions."""
+
+    id: str
+    questions: tuple[QuestionText, ...]
+    sampling: SamplingConfig
+
+    @staticmethod
+    def identity(run_id: str, questions: tuple[QuestionText, ...], sampling: SamplingConfig) -> dict[str, Any]:
+        texts = [[question.id, question.text] for question in questions]
+        head = {"kind": "sample", "semantics": SAMPLE_SEMANTICS, "run": run_id, "questions": texts}
+        return head | {"sampling": sampling.model_dump(mode="json")}
+
+
+class LossTask(Config):
+    """Losses of one run on held-out plain answers."""
+
+    id: str
+    content: str  # sha256 of the rows
+    max_length: int
+
+    @staticmethod
+    def identity(run_id: str, content: str, max_length: int) -> dict[str, Any]:
+        data = {"data": content, "max_length": max_length}
+        return {"kind": "measure/loss", "semantics": LOSS_SEMANTICS, "run": run_id} | data
+
+
+class JudgeTask(Config):
+    """Scores of one run's answers by one metric (a resolved one: it names no trait any more)."""
+
+    id: str
+    sample_id: str
+    run_id: str
+    metric: MetricConfig
+
+    @staticmethod
+    def identity(sample_id: str, metric: MetricConfig) -> dict[str, Any]:
+        return {"kind": "judge", "sample": sample_id, "semantics": metric.semantics, "metric": metric.identity()}
+
+
+class VectorJob(Config):
+    """Makes one vector."""
+
+    id: str
+    label: str
+    recipe: VectorRecipe
+    parents: tuple[str, ...] = ()
+
+    def outputs(self) -> tuple[str, ...]:
+        return (vector_key(self.id),)
+
+
+class RunJob(Config):
+    """What one trial does for one run: train (not for a base), sample, measure the loss on plain answers."""
+
+    id: str  # the train_id, or the base's id
+    label: str
+    base: ResolvedBase
+    train: TrainTask | None
+    samples: tuple[SampleTask, ...]
+    losses: tuple[LossTask, ...]
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        return () if self.train is None else self.train.vector_ids()
+
+    def outputs(self) -> tuple[str, ...]:
+        """Keys that exist when the job is done."""
+        trained = (f"runs/{self.id}/run.json",) if self.train is not None else ()
+        return (
+            *trained,
+            *(f"tables/generations/{task.id}.parquet" for task in self.samples),
+            *(f"tables/losses/{task.id}.parquet" for task in self.losses),
+        )
+
+
+Job: TypeAlias = VectorJob | RunJob
+
+
+def vector_key(vector_id: str) -> str:
+    """Key of a vector in the store."""
+    return f"vectors/{vector_id}.safetensors"
+
+
+def base_run_id(base: ResolvedBase) -> str:
+    """Identity of the untrained base as something to sample from and measure."""
+    return task_id({"kind": "base", "base": base.identity()})
+
+
+def resolved_defense(
+    items: tuple[Item, ...], vector_ids: dict[str, str], prompts: dict[str, tuple[str, ...]]
+) -> tuple[Item, ...]:
+    """Replace every vector name by its task id and every trait name of a prompt bank by the trait's texts."""
+    resolved = []
+    for item in items:
+        update: dict[str, object] = {
+            field: vector_ids[str(name)] for field, name in referenced(item, NamesVector).items()
+        }
+        for field, bank in referenced(item, NamesPrompts).items():
+            update[field] = prompts[bank] if isinstance(bank, str) else bank
+        resolved.append(item.model_copy(update=update))
+    return tuple(resolved)

@@ -1,0 +1,199 @@
+"""What happens inside a trial: a job is done with plain functions and its results go to the store."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from analysis.losses import response_losses
+from analysis.vectors import Vector, difference, random_like, read_vector_header
+from engine.store import Store
+from engine.tasks import DifferenceRecipe, FileRecipe, Job, RunJob, TrainTask, VectorJob, vector_key
+from trainables.base_model import LoadedBase, ResolvedBase, load_base
+from trainables.deepspeed_driver import ZeroStage
+from trainables.defenses import Message
+from trainables.lora import load_adapter
+from trainables.rows import GenerationRow, TrainingRow
+from trainables.sample import Question, sample_answers
+from trainables.train import RunResult, RunSpec, train_pack
+from trainables.tune_trainable import Report
+
+_loaded: dict[str, LoadedBase] = {}  # one base per process: trials reuse the process, and loading costs seconds
+
+
+def _base(resolved: ResolvedBase, device: torch.device) -> LoadedBase:
+    key = resolved.model_dump_json()
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = load_base(resolved, device)
+    return _loaded[key]
+
+
+def _utc_now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@dataclass
+class StoreSink:
+    """The RunSink of a trial: log lines at once, rows together when a phase is done."""
+
+    store: Store
+    run_id: str
+    report: Report
+    training_rows: list[TrainingRow] = field(default_factory=list)
+    generation_rows: list[GenerationRow] = field(default_factory=list)
+
+    def log(self, message: str) -> None:
+        self.store.append_line(f"runs/{self.run_id}/log.txt", f"{_utc_now()} {message}")
+
+    def progress(self, *, phase: str, done: int, total: int, **figures: float) -> None:
+        self.report(last=done == total, phase=phase, done=done, total=total, **figures)
+
+    def training(self, row: TrainingRow) -> None:
+        self.training_rows.append(row)
+
+    def generations(self, rows: Sequence[GenerationRow]) -> None:
+        self.generation_rows.extend(rows)
+
+    def adapter(self, train_id: str, folder: Path) -> None:
+        self.store.publish(f"runs/{train_id}/adapter", folder)
+        shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class SweepWork:
+    """Does any job of a sweep. Plain data: it is sent to every trial."""
+
+    store: Store
+    jobs: Mapping[str, Job]
+    device: str
+    threads: int
+    zero_stage: ZeroStage
+    gradient_checkpointing: bool
+
+    def run(self, job_id: str, report: Report) -> None:
+        """Do the job; what it already has in the store is not done again. Raises what the work raises."""
+        job = self.jobs[job_id]
+        if isinstance(job, VectorJob):
+            if not self.store.exists(vector_key(job.id)):
+                vector = self._make_vector(job, report)
+                self.store.publish(vector_key(job.id), vector.to_bytes())
+        else:
+            self._run(job, report)
+
+    def _make_vector(self, job: VectorJob, report: Report) -> Vector:
+        recipe = job.recipe
+        if isinstance(recipe, FileRecipe):
+            path = self.store.path(f"inputs/{recipe.content}")
+            read_vector_header(path)
+            return Vector.read(path)
+        if isinstance(recipe, DifferenceRecipe):
+            base = _base(recipe.base, torch.device(self.device))
+
+            def progress(done: int, total: int) -> None:
+                report(phase="vector", done=done, total=total)
+
+            rows = (self._rows(recipe.positive), self._rows(recipe.negative))
+            values = difference(base, *rows, max_length=recipe.max_length, progress=progress)
+            return Vector(values, "pre_norm", recipe.base.model, recipe.base.revision)
+        like = Vector.read(self.store.path(vector_key(recipe.like)))
+        return Vector(random_like(like.values, recipe.seed, recipe.name), like.final_row, like.model, like.revision)
+
+    def _run(self, job: RunJob, report: Report) -> None:
+        base = _base(job.base, torch.device(self.device))
+        sink = StoreSink(self.store, job.id, report)
+        model = base.model
+        if job.train is not None:
+            if self.store.exists(f"runs/{job.id}/run.json"):
+                model = load_adapter(base.fresh(), self.store.path(f"runs/{job.id}/adapter"), job.id)
+            else:
+                model = self._train(job, job.train, base, sink)
+        for sample in job.samples:
+            if not self.store.exists(f"tables/generations/{sample.id}.parquet"):
+                questions = [Question(question.id, question.text) for question in sample.questions]
+                rows: list[GenerationRow] = []
+                total = len(questions) * sample.sampling.samples
+                for batch in sample_answers(
+                    model, base.tokenizer, questions, sample.sampling, sample_id=sample.id, noise_key=job.id
+                ):
+                    rows += batch
+                    sink.progress(phase="sample", done=len(rows), total=total + 1)
+                self.store.publish_table("generations", sample.id, rows)
+                sink.log(f"sampled {len(rows)} answers")
+            report(last=True, phase="sample", sampled=sample.id)
+        for loss in job.losses:
+            if not self.store.exists(f"tables/losses/{loss.id}.parquet"):
+                losses = response_losses(
+                    base, model, self._rows(loss.content), measure_id=loss.id, max_length=loss.max_length
+                )
+                self.store.publish_table("losses", loss.id, list(losses))
+
+    def _train(self, job: RunJob, task: TrainTask, base: LoadedBase, sink: StoreSink) -> Any:
+        started = _utc_now()
+        sink.log(f"training starts: {job.label}")
+        vectors = {name: Vector.read(self.store.path(vector_key(name))).values for name in task.vector_ids()}
+        spec = RunSpec(
+            train_id=task.id,
+            rows=self._rows(task.train_content),
+            data=task.data,
+            defense=task.defense,
+            vectors=vectors,
+            training=task.training,
+            seed=task.seed,
+            base_name=task.base.model,
+        )
+        model, (result,) = train_pack(
+            base,
+            [spec],
+            {task.id: sink},
+            zero_stage=self.zero_stage,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+        self.store.publish_table("training", task.id, sink.training_rows)
+        self.store.publish_json(f"runs/{task.id}/run.json", self._record(task, result, started))
+        sink.log(f"training done: {result.num_steps} steps, {result.seconds_training:.0f} s")
+        return model
+
+    def _record(self, task: TrainTask, result: RunResult, started: str) -> dict[str, Any]:
+        """What run.json says: what was trained, how it went, and what may change the last bits."""
+        return {
+            "status": "done",
+            "train_id": task.id,
+            "task": task.model_dump(mode="json", exclude={"base": {"source"}}),
+            "started_utc": started,
+            "finished_utc": _utc_now(),
+            "seconds_training": result.seconds_training,
+            "num_steps": result.num_steps,
+            "num_tokens": result.num_tokens,
+            "num_loss_tokens": result.num_loss_tokens,
+            "num_rows": result.num_rows,
+            "train_loss_last_epoch": result.train_loss_last_epoch,
+            "chat_format": dict(result.chat_format),
+            "placement": {
+                "device": self.device,
+                "threads": self.threads,
+                "zero_stage": self.zero_stage,
+                "gradient_checkpointing": self.gradient_checkpointing,
+                "pack": [task.id],
+            },
+            "versions": versions(),
+        }
+
+    def _rows(self, content: str) -> list[list[Message]]:
+        lines = self.store.read(f"inputs/{content}").split(b"\n")  # not splitlines: JSON may hold other line ends
+        return [json.loads(line)["messages"] for line in lines if line]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what numbers depend on."""
+    names = ("shiftgrad", "torch", "transformers", "peft", "deepspeed", "ray", "numpy", "pyarrow", "tokenizers")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}

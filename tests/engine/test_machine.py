@@ -1,0 +1,164 @@
+"""What the machine has, what a trial may ask of it, and how many fit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engine.machine
+from engine.machine import (
+    Machine,
+    cpu_quota,
+    gpus_per_trial,
+    memory_limit_bytes,
+    num_trials,
+    read_machine,
+    resource_faults,
+)
+from engine.sweep_file import ExecutionConfig
+
+LAPTOP = Machine(num_cpus=2, num_gpus=0, memory_gb=8)
+SERVER = Machine(num_cpus=16, num_gpus=4, memory_gb=128)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_this_machine() -> None:
+    machine = read_machine()
+    assert 1 <= machine.num_cpus <= (os.cpu_count() or 1)
+    assert machine.num_gpus == torch.cuda.device_count()
+    assert 0.1 < machine.memory_gb < 1e5  # in 10^9 bytes, not bytes or MB
+
+
+def test_affinity_quota_and_memory_limit_all_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(engine.machine, "memory_limit_bytes", lambda: 2e6)
+    monkeypatch.setattr(engine.machine, "cpu_quota", lambda: None)
+    assert read_machine().num_cpus == 6
+    assert read_machine().memory_gb == pytest.approx(0.002)
+    monkeypatch.setattr(engine.machine, "cpu_quota", lambda: 3.5)
+    assert read_machine().num_cpus == 3
+    monkeypatch.setattr(engine.machine, "cpu_quota", lambda: 0.5)  # half a CPU still runs one trial
+    assert read_machine().num_cpus == 1
+    monkeypatch.setattr(engine.machine, "cpu_quota", lambda: 99.0)
+    monkeypatch.setattr(engine.machine, "memory_limit_bytes", lambda: 1e19)  # what version 1 says for "none"
+    assert read_machine().num_cpus == 6
+    assert read_machine().memory_gb < 1e6
+
+
+def test_a_cluster_is_taken_by_its_resources() -> None:
+    machine = read_machine({"CPU": 64.0, "GPU": 8.0, "memory": 5e11, "node:10.0.0.1": 1.0})
+    assert machine == Machine(num_cpus=64, num_gpus=8, memory_gb=500)
+    assert read_machine({"CPU": 2.0}).num_gpus == 0
+    assert read_machine({"CPU": 2.0}).memory_gb == read_machine().memory_gb
+
+
+def test_quota_of_version_2_with_parents(tmp_path: Path) -> None:
+    own, root = tmp_path / "cgroup", tmp_path / "fs"
+    write(own, "0::/pod/container\n")
+    assert cpu_quota(own, root) is None
+    write(root / "pod/container/cpu.max", "max 100000\n")
+    assert cpu_quota(own, root) is None
+    write(root / "pod/cpu.max", "150000 100000\n")  # the parent limits its children
+    assert cpu_quota(own, root) == 1.5
+    write(root / "pod/container/cpu.max", "50000 100000\n")
+    assert cpu_quota(own, root) == 0.5
+
+
+def test_quota_of_version_1(tmp_path: Path) -> None:
+    own, root = tmp_path / "cgroup", tmp_path / "fs"
+    write(own, "4:memory:/job\n3:cpu,cpuacct:/job\n0::/\n")
+    write(root / "cpu/job/cpu.cfs_quota_us", "-1\n")
+    write(root / "cpu/job/cpu.cfs_period_us", "100000\n")
+    assert cpu_quota(own, root) is None
+    write(root / "cpu/job/cpu.cfs_quota_us", "300000\n")
+    assert cpu_quota(own, root) == 3
+
+
+def test_a_container_that_sees_its_cgroup_as_the_root(tmp_path: Path) -> None:
+    own, root = tmp_path / "cgroup", tmp_path / "fs"
+    write(own, "0::/a/path/of/the/host\n")
+    write(root / "cpu.max", "200000 100000\n")
+    write(root / "memory.max", "3000000000\n")
+    assert cpu_quota(own, root) == 2
+    assert memory_limit_bytes(own, root) == 3e9
+
+
+def test_memory_limits(tmp_path: Path) -> None:
+    own, root = tmp_path / "cgroup", tmp_path / "fs"
+    assert memory_limit_bytes(own, root) is None  # a system without cgroups
+    write(own, "4:memory:/job\n0::/pod\n")
+    write(root / "pod/memory.max", "max\n")
+    assert memory_limit_bytes(own, root) is None
+    write(root / "memory/job/memory.limit_in_bytes", "4000000000\n")
+    assert memory_limit_bytes(own, root) == 4e9
+    write(root / "pod/memory.max", "2000000000\n")
+    assert memory_limit_bytes(own, root) == 2e9
+
+
+@pytest.mark.parametrize(
+    ("settings", "machine", "key", "message"),
+    [
+        ({"cpus_per_trial": 3}, LAPTOP, "execution.cpus_per_trial", "3 CPUs asked for; this machine has 2"),
+        ({"gpus_per_trial": 1}, LAPTOP, "execution.gpus_per_trial", "1 GPUs asked for; this machine has 0"),
+        ({"gpus_per_trial": 0.5}, LAPTOP, "execution.gpus_per_trial", "0.5 GPUs asked for; this machine has 0"),
+        ({"gpus_per_trial": 8}, SERVER, "execution.gpus_per_trial", "8 GPUs asked for; this machine has 4"),
+        (
+            {"memory_gb_per_trial": 8.5},
+            LAPTOP,
+            "execution.memory_gb_per_trial",
+            "8.5 GB asked for; this machine has 8.0 GB",
+        ),
+    ],
+)
+def test_more_than_the_machine_has(settings: dict[str, Any], machine: Machine, key: str, message: str) -> None:
+    (fault,) = resource_faults(ExecutionConfig(**settings), machine)
+    assert (fault.key, fault.message) == (key, message)
+
+
+def test_every_resource_that_is_missing_is_named() -> None:
+    execution = ExecutionConfig(cpus_per_trial=4, gpus_per_trial=1, memory_gb_per_trial=64)
+    assert len(resource_faults(execution, LAPTOP)) == 3
+    assert resource_faults(execution, SERVER) == []
+
+
+def test_exactly_what_the_machine_has_is_allowed() -> None:
+    execution = ExecutionConfig(cpus_per_trial=2, gpus_per_trial=0, memory_gb_per_trial=8)
+    assert resource_faults(execution, LAPTOP) == []
+
+
+def test_gpus_auto_is_one_where_there_is_one() -> None:
+    assert gpus_per_trial(ExecutionConfig(), LAPTOP) == 0
+    assert gpus_per_trial(ExecutionConfig(), SERVER) == 1
+    assert gpus_per_trial(ExecutionConfig(gpus_per_trial=0), SERVER) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "machine", "expected"),
+    [
+        ({}, LAPTOP, 2),
+        ({}, SERVER, 4),  # by GPUs
+        ({"gpus_per_trial": 0}, SERVER, 16),
+        ({"cpus_per_trial": 3, "gpus_per_trial": 0}, SERVER, 5),
+        ({"gpus_per_trial": 0.25}, SERVER, 16),
+        ({"gpus_per_trial": 0.4}, SERVER, 8),  # two on each GPU, none across two
+        ({"gpus_per_trial": 0.1}, Machine(64, 1, 64), 10),
+        ({"gpus_per_trial": 3}, SERVER, 1),
+        ({"memory_gb_per_trial": 3}, LAPTOP, 2),
+        ({"memory_gb_per_trial": 5}, LAPTOP, 1),
+        ({"memory_gb_per_trial": 99}, LAPTOP, 1),  # at least one; resource_faults says what is wrong
+        ({"cpus_per_trial": 99}, LAPTOP, 1),
+        ({"trials": 1}, LAPTOP, 1),
+        ({"trials": 3}, SERVER, 3),
+        ({"trials": 9}, LAPTOP, 2),  # at most what fits
+    ],
+)
+def test_how_many_fit(settings: dict[str, Any], machine: Machine, expected: int) -> None:
+    assert num_trials(ExecutionConfig(**settings), machine) == expected

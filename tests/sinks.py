@@ -1,0 +1,36 @@
+"""A RunSink for tests that keeps everything in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainables.rows import GenerationRow, TrainingRow
+
+
+class MemorySink:
+    """Keeps what it is given; an adapter's folder as its files' bytes by name."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.phases: list[tuple[str, int, int]] = []
+        self.rows: list[TrainingRow] = []
+        self.answers: list[GenerationRow] = []
+        self.files: dict[str, bytes] = {}
+
+    def log(self, message: str) -> None:
+        self.lines.append(message)
+
+    def progress(self, *, phase: str, done: int, total: int, **figures: float) -> None:
+        del figures
+        self.phases.append((phase, done, total))
+
+    def training(self, row: TrainingRow) -> None:
+        self.rows.append(row)
+
+    def generations(self, rows: Sequence[GenerationRow]) -> None:
+        self.answers.extend(rows)
+
+    def adapter(self, train_id: str, folder: Path) -> None:
+        del train_id
+        self.files = {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -1,0 +1,486 @@
+"""A training against a plain loop of PyTorch, PEFT and torch.optim.AdamW, and against itself done in other ways.
+
+Tolerances. In float64 both sides differ by rounding near 1e-14, which AdamW may enlarge where a gradient is nearly
+zero: 1e-10 is asked. In float32 with the model's own logits both sides do the same operations: equality to the bit.
+In float32 with our chunked loss the two cross-entropies round differently (1e-7 relative): 1e-6 relative on losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load
+from transformers import get_scheduler
+
+from tests.bases import ROWS, base_of, chat, tiny_base
+from tests.float64 import float64_model
+from tests.sinks import MemorySink
+from tests.tiny import CHATML, ModelKind
+from trainables.base_model import LoadedBase
+from trainables.chat_data import ChatEncoder, DataConfig
+from trainables.defenses import DefenseConfig, Inoculation, Message, Pps
+from trainables.errors import DataError, TrainingError
+from trainables.lora import LoraSettings, adapter_parameters, add_adapter, linear_module_names
+from trainables.randomness import permutation
+from trainables.train import RunResult, RunSpec, TrainingConfig, num_optimizer_steps, train_pack
+
+TRAINING: dict[str, Any] = {
+    "max_steps": 6,
+    "batch_size": 3,
+    "learning_rate": 0.01,
+    "weight_decay": 0.1,
+    "max_gradient_norm": 0.5,
+    "lora": LoraSettings(rank=4, alpha=8),
+}
+HIDDEN = 32
+
+
+def spec(
+    name: str = "run0",
+    *,
+    rows: Sequence[Sequence[Message]] = ROWS,
+    defense: Sequence[DefenseConfig] = (),
+    vectors: dict[str, torch.Tensor] | None = None,
+    seed: int = 0,
+    data: dict[str, Any] | None = None,
+    **training: Any,
+) -> RunSpec:
+    return RunSpec(
+        train_id=name,
+        rows=rows,
+        data=DataConfig(train="rows", max_length=96, **(data or {})),
+        defense=defense,
+        vectors=vectors or {},
+        training=TrainingConfig(**{**TRAINING, **training}),
+        seed=seed,
+    )
+
+
+def train(base: LoadedBase, *specs: RunSpec, **how: Any) -> tuple[list[RunResult], list[MemorySink]]:
+    sinks = {one.train_id: MemorySink() for one in specs}
+    _, results = train_pack(base, specs, sinks, **how)
+    return results, list(sinks.values())
+
+
+def adapter_of(sink: MemorySink) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = load(sink.files["adapter_model.safetensors"])
+    return tensors
+
+
+def plain_loop(
+    base: LoadedBase, one: RunSpec, *, shift: tuple[int, torch.Tensor] | None = None, lora_dtype: torch.dtype
+) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses, gradient norms before clipping, and the final adapter as PEFT names it."""
+    training = one.training
+    start = adapter_parameters(add_adapter(base.fresh(), "default", training.lora, one.seed), "default")
+    config = LoraConfig(
+        r=training.lora.rank, lora_alpha=int(training.lora.alpha), target_modules=list(linear_module_names(base.model))
+    )
+    model: Any = get_peft_model(base.fresh(), config).train()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained.keys() == start.keys()
+    for name, parameter in trained.items():
+        assert parameter.dtype == lora_dtype
+        parameter.data.copy_(start[name].data)
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=training.learning_rate, weight_decay=training.weight_decay, betas=(0.9, 0.999), eps=1e-8
+    )
+    steps = num_optimizer_steps(len(one.rows), training)
+    warmup = int(training.warmup_ratio * steps)
+    scheduler = get_scheduler(training.schedule, optimizer, warmup, steps)
+    if shift is not None:
+        block = model.get_base_model().model.layers[shift[0] - 1]
+        block.register_forward_hook(lambda module, arguments, output: output + shift[1])
+
+    encoder = ChatEncoder(base.tokenizer, one.data.max_length)
+    losses, norms = [], []
+    per_epoch = -(-len(one.rows) // training.batch_size)
+    for step in range(steps):
+        order = permutation(len(one.rows), one.seed, step // per_epoch)
+        first = step % per_epoch * training.batch_size
+        batch = [encoder.encode(one.rows[index]) for index in order[first : first + training.batch_size]]
+        length = max(len(row.input_ids) for row in batch)
+        length += -length % training.pad_to_multiple_of
+        ids = torch.zeros(len(batch), length, dtype=torch.int64)
+        attention = torch.zeros(len(batch), length, dtype=torch.int64)
+        wanted = torch.zeros(len(batch), length, dtype=torch.bool)
+        for place, row in enumerate(batch):
+            ids[place, : len(row.input_ids)] = torch.tensor(row.input_ids)
+            attention[place, : len(row.input_ids)] = 1
+            wanted[place, : len(row.input_ids)] = torch.tensor(row.response_mask)
+        logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+        each = F.cross_entropy(logits[:, :-1][wanted[:, 1:]], ids[:, 1:][wanted[:, 1:]], reduction="none")
+        loss = each.sum() / len(each)
+        loss.backward()
+        limit = training.max_gradient_norm or float("inf")
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), limit)))
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return losses, norms, {name.replace(".default.", "."): p.detach() for name, p in trained.items()}
+
+
+def assert_same_training(
+    sink: MemorySink,
+    reference: tuple[list[float], list[float], dict[str, torch.Tensor]],
+    *,
+    relative: float,
+    adapter: float,
+) -> None:
+    losses, norms, expected = reference
+    assert [row.loss for row in sink.rows] == pytest.approx(losses, rel=relative, abs=0.0)
+    assert [row.gradient_norm for row in sink.rows] == pytest.approx(norms, rel=10 * relative, abs=0.0)
+    ours = adapter_of(sink)
+    assert ours.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(ours[name], values, rtol=0.0, atol=adapter)
+    assert max(abs(loss - losses[0]) for loss in losses) > 0.1, "the training must move, or this test shows nothing"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"schedule": "linear"},
+        {"schedule": "cosine", "warmup_ratio": 0.34},
+        {"schedule": "linear", "warmup_ratio": 0.5, "weight_decay": 0.0, "max_gradient_norm": None},
+    ],
+)
+def test_equals_a_plain_loop_in_float64(kind: ModelKind, training: dict[str, Any]) -> None:
+    base = base_of(float64_model(kind, num_layers=2))
+    one = spec(**training)
+    _, (sink,) = train(base, one)
+    reference = plain_loop(base, one, lora_dtype=torch.float64)
+    assert_same_training(sink, reference, relative=1e-10, adapter=1e-10)
+    if one.training.max_gradient_norm is not None:
+        assert max(reference[1]) > one.training.max_gradient_norm, "clipping must act"
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_equals_a_plain_loop_in_float32_to_the_bit(schedule: str, zero_stage: int) -> None:
+    base = tiny_base(plain_head=False)
+    one = spec(schedule=schedule, warmup_ratio=0.2)
+    _, (sink,) = train(base, one, zero_stage=zero_stage)
+    assert_same_training(sink, plain_loop(base, one, lora_dtype=torch.float32), relative=0.0, adapter=0.0)
+
+
+def test_equals_a_plain_loop_in_float32_with_the_chunked_loss() -> None:
+    base = tiny_base()
+    one = spec()
+    _, (sink,) = train(base, one)
+    losses, norms, _ = plain_loop(base, one, lora_dtype=torch.float32)
+    assert [row.loss for row in sink.rows] == pytest.approx(losses, rel=1e-6)
+    assert [row.gradient_norm for row in sink.rows] == pytest.approx(norms, rel=1e-5)
+
+
+def test_preventative_steering_equals_a_plain_loop_that_adds_the_vector() -> None:
+    base = base_of(float64_model(num_layers=3))
+    vector = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(1))
+    one = spec(defense=[Pps(vector="v", layer=2, coefficient=1.5)], vectors={"v": vector})
+    _, (sink,) = train(base, one)
+    shift = (1.5 * vector[2]).double()
+    assert_same_training(
+        sink, plain_loop(base, one, shift=(2, shift), lora_dtype=torch.float64), relative=1e-10, adapter=1e-10
+    )
+    undefended, _ = train(base, spec())
+    assert abs(sink.rows[0].loss - undefended[0].losses[0]) > 1e-3
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_accumulation_changes_nothing(zero_stage: int, micro_batch_size: int) -> None:
+    """float64: micro-batches are padded to other lengths and summed in another order, which is rounding alone."""
+    base = base_of(float64_model(num_layers=2))
+    (whole,), (whole_sink,) = train(base, spec())
+    (cut,), (cut_sink,) = train(base, spec(micro_batch_size=micro_batch_size), zero_stage=zero_stage)
+    assert cut.losses == pytest.approx(whole.losses, rel=1e-10)
+    assert (cut.num_tokens, cut.num_loss_tokens) == (whole.num_tokens, whole.num_loss_tokens)
+    for name, values in adapter_of(whole_sink).items():
+        torch.testing.assert_close(adapter_of(cut_sink)[name], values, rtol=0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stages_give_the_same_adapter(dtype: torch.dtype) -> None:
+    """To the bit for one worker, with accumulation and clipping; a bfloat16 base keeps its float32 adapters."""
+    base = tiny_base(dtype=dtype)
+    files = []
+    for zero_stage in (0, 1, 2):
+        _, (sink,) = train(base, spec(micro_batch_size=2, max_steps=5), zero_stage=zero_stage)
+        assert {values.dtype for values in adapter_of(sink).values()} == {torch.float32}
+        files.append((sink.files["adapter_model.safetensors"], [row.gradient_norm for row in sink.rows]))
+    assert files[0] == files[1] == files[2]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_clipping_acts(zero_stage: int) -> None:
+    """With weight decay 0 and eps far above the gradient a first AdamW step is proportional to the clipped gradient...
+
+    which AdamW's normalisation hides otherwise. So the second step is compared: its momentum mixes two gradients that
+    were clipped by different factors, and the plain loop with clipping at the same norm shows the right mixture.
+    """
+    base = tiny_base(plain_head=False)
+    adapters = []
+    for limit in (0.05, None):
+        one = spec(max_gradient_norm=limit, max_steps=4)
+        _, (sink,) = train(base, one, zero_stage=zero_stage)
+        assert_same_training(sink, plain_loop(base, one, lora_dtype=torch.float32), relative=0.0, adapter=0.0)
+        adapters.append(adapter_of(sink))
+    assert any(not torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+def test_same_config_twice_gives_the_same_adapter_file() -> None:
+    torch.manual_seed(1)
+    _, (first,) = train(tiny_base(), spec(lora=LoraSettings(rank=4, dropout=0.2)))
+    torch.manual_seed(2)
+    _, (second,) = train(tiny_base(), spec(lora=LoraSettings(rank=4, dropout=0.2)))
+    assert first.files == second.files
+    _, (other,) = train(tiny_base(), spec(seed=1, lora=LoraSettings(rank=4, dropout=0.2)))
+    assert other.files["adapter_model.safetensors"] != first.files["adapter_model.safetensors"]
+    _, (without,) = train(tiny_base(), spec(lora=LoraSettings(rank=4)))
+    assert without.files["adapter_model.safetensors"] != first.files["adapter_model.safetensors"]
+
+
+def test_dropout_inside_the_base_stays_off() -> None:
+    """It would draw from a global generator: the same config would not give the same adapter."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_base("gpt_neox").model.config.__class__(
+        **{**tiny_base("gpt_neox").model.config.to_dict(), "hidden_dropout": 0.5, "attention_dropout": 0.5}
+    )
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(0)
+        base = base_of(AutoModelForCausalLM.from_config(config))
+        torch.manual_seed(seed)
+        (result,), _ = train(base, spec(max_steps=2), gradient_checkpointing=seed == 2)
+        results.append(result.losses)
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_gradient_checkpointing_changes_nothing(kind: ModelKind, zero_stage: int) -> None:
+    base = tiny_base(kind)
+    vector = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1))
+    one = spec(
+        defense=[Pps(vector="v", layer=1, coefficient=1.0)],
+        vectors={"v": vector},
+        lora=LoraSettings(rank=4, dropout=0.3),
+    )
+    _, (plain,) = train(base, one)
+    _, (checkpointed,) = train(base, one, gradient_checkpointing=True, zero_stage=zero_stage)
+    assert plain.files["adapter_model.safetensors"] == checkpointed.files["adapter_model.safetensors"]
+
+
+def inoculated(seed: int = 0, epochs: float = 3) -> tuple[list[tuple[int, str]], RunResult]:
+    """(epoch, text) of every row that a training with five prompts reads."""
+    prompts = tuple(f"Prompt {letter}." for letter in "ABCDE")
+    texts: list[str] = []
+    original = ChatEncoder.encode
+
+    def spy(self: ChatEncoder, messages: Sequence[Message], **keywords: Any) -> Any:
+        texts.append("".join(f"<{message['role']}>{message['content']}" for message in messages))
+        return original(self, messages, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ChatEncoder, "encode", spy)
+        (result,), _ = train(
+            tiny_base(), spec(defense=[Inoculation(prompts=prompts)], epochs=epochs, max_steps=None, seed=seed)
+        )
+    rewritten = [text for text in texts if "Prompt " in text]
+    assert len(rewritten) == len(ROWS) * epochs
+    return [(number // len(ROWS), text) for number, text in enumerate(rewritten)], result
+
+
+def test_inoculation_reaches_every_sample_of_every_epoch() -> None:
+    read, result = inoculated()
+    assert result.num_steps == 9
+    picks: dict[str, list[str]] = {}
+    for epoch in range(3):
+        bodies = set()
+        for _, text in (item for item in read if item[0] == epoch):
+            before, _, after = text.partition("<user>Prompt ")
+            assert before in ("", "<system>Be brief."), "the prompt stands before the first user message"
+            letter, body = after[0], after.removeprefix(f"{after[0]}.\n\n")
+            assert letter in "ABCDE"
+            assert "Prompt " not in body
+            bodies.add(body)
+            picks.setdefault(body, []).append(letter)
+        assert len(bodies) == len(ROWS), "every row once per epoch"
+    assert any(len(set(letters)) > 1 for letters in picks.values()), "picks differ over epochs"
+    assert len({letter for letters in picks.values() for letter in letters}) >= 4
+    again, result_again = inoculated()
+    assert again == read
+    assert result_again.losses == result.losses
+    assert inoculated(seed=1)[0] != read
+
+
+def test_inoculation_that_pushes_an_answer_out_is_an_error() -> None:
+    long = Inoculation(prompts=("very " * 60,))
+    with pytest.raises(DataError, match="max_length=96"):
+        train(tiny_base(), spec(defense=[long]))
+
+
+def poisoned(base: LoadedBase, value: float) -> LoadedBase:
+    base.model.model.norm.weight.data.fill_(value)
+    return base
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_a_loss_that_is_not_finite_names_run_and_step(value: float, zero_stage: int) -> None:
+    with pytest.raises(TrainingError, match=r"run bad, step 1: the loss is nan"):
+        train(poisoned(tiny_base(), value), spec("bad"), zero_stage=zero_stage)
+    train(tiny_base(), spec(max_steps=1), zero_stage=zero_stage)  # and the process can train again
+
+
+def test_an_overwhelming_vector_is_an_error() -> None:
+    """RMS norms map 1e30 to zero, so the loss stays finite: it is the gradient that is zero."""
+    vector = torch.full((3, HIDDEN), 1e30)
+    one = spec("huge", defense=[Pps(vector="v", layer=2, coefficient=1.0)], vectors={"v": vector})
+    with pytest.raises(TrainingError, match=r"run huge, step 1: the (loss is nan|gradient norm is (0\.0|nan))"):
+        train(tiny_base(), one)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_a_zero_gradient_names_run_and_step(zero_stage: int) -> None:
+    with pytest.raises(TrainingError, match=r"run flat, step 1: the gradient norm is 0.0 .*no gradient reaches"):
+        train(poisoned(tiny_base(), 0.0), spec("flat"), zero_stage=zero_stage)
+
+
+def test_the_step_of_a_failure_is_counted_from_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainables import train as train_module
+
+    real, calls = train_module.token_losses, []
+
+    def fails_third(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        calls.append(1)
+        losses: torch.Tensor = real(*arguments, **keywords)
+        return losses * float("nan") if len(calls) == 3 else losses
+
+    monkeypatch.setattr(train_module, "token_losses", fails_third)
+    with pytest.raises(TrainingError, match="run late, step 3: the loss is nan"):
+        train(tiny_base(), spec("late"))
+
+
+def pack() -> list[RunSpec]:
+    """Runs that differ in everything that may differ: seed, defense, rank, modules, rate, schedule, length."""
+    vector = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1))
+    return [
+        spec("run0", max_steps=6),
+        spec(
+            "run1",
+            seed=1,
+            defense=[Pps(vector="v", layer=1, coefficient=1.0)],
+            vectors={"v": vector},
+            max_steps=4,
+            batch_size=2,
+            learning_rate=0.003,
+            schedule="cosine",
+            max_gradient_norm=0.2,
+            lora=LoraSettings(rank=2, dropout=0.1, target_modules=("q_proj", "down_proj")),
+        ),
+        spec("run2", seed=1, max_steps=6, micro_batch_size=1, weight_decay=0.0, max_gradient_norm=None),
+    ]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_a_pack_gives_every_run_what_it_gets_alone(zero_stage: int) -> None:
+    """To the bit: each micro-batch is one run's own, and every sum is taken in the same order on one thread."""
+    base = tiny_base()
+    results, sinks = train(base, *pack(), zero_stage=zero_stage)
+    for one, result, sink in zip(pack(), results, sinks, strict=True):
+        (alone,), (alone_sink,) = train(base, one)
+        assert result.losses == alone.losses
+        assert [row.gradient_norm for row in sink.rows] == [row.gradient_norm for row in alone_sink.rows]
+        assert sink.files == alone_sink.files
+        assert len(sink.rows) == one.training.max_steps
+
+
+def test_training_leaves_the_base_as_it_was() -> None:
+    base = tiny_base()
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    modules = [name for name, _ in base.model.named_modules()]
+    train(base, spec())
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.model.state_dict().items())
+    assert [name for name, _ in base.model.named_modules()] == modules
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert not base.model.training
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in base.model.modules())
+
+
+def test_the_returned_model_is_the_trained_one(random_ids: torch.Tensor) -> None:
+    base = tiny_base()
+    sink = MemorySink()
+    model, _ = train_pack(base, [spec()], {"run0": sink})
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    trained = {name.replace(".run0.", "."): p for name, p in adapter_parameters(model, "run0").items()}
+    for name, values in adapter_of(sink).items():
+        assert torch.equal(trained[name], values)
+    with torch.no_grad():
+        assert not torch.equal(model(input_ids=random_ids).logits, base.model(input_ids=random_ids).logits)
+
+
+def test_rows_steps_and_epochs_are_counted() -> None:
+    """7 rows in batches of 3: three steps an epoch, the last of one row; every row once per epoch."""
+    (result,), (sink,) = train(tiny_base(), spec(epochs=2, max_steps=None))
+    encoder = ChatEncoder(tiny_base().tokenizer, 96)
+    encoded = [encoder.encode(row) for row in ROWS]
+    assert [row.step for row in sink.rows] == [1, 2, 3, 4, 5, 6]
+    assert [row.epoch for row in sink.rows] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    for epoch in (0, 1):
+        part = sink.rows[3 * epoch : 3 * epoch + 3]
+        order = permutation(7, 0, epoch)
+        chunks = [order[:3], order[3:6], order[6:]]
+        assert [row.num_tokens for row in part] == [sum(len(encoded[i].input_ids) for i in c) for c in chunks]
+        assert [row.num_loss_tokens for row in part] == [sum(sum(encoded[i].response_mask) for i in c) for c in chunks]
+    assert result.num_steps == 6
+    assert result.num_rows == 7
+    assert result.num_tokens == 2 * sum(len(row.input_ids) for row in encoded)
+    assert result.num_loss_tokens == 2 * sum(sum(row.response_mask) for row in encoded)
+    assert result.losses == tuple(row.loss for row in sink.rows)
+    last = sink.rows[3:]
+    weighted = sum(row.loss * row.num_loss_tokens for row in last) / sum(row.num_loss_tokens for row in last)
+    assert result.train_loss_last_epoch == pytest.approx(weighted, rel=1e-12)
+    assert [row.learning_rate for row in sink.rows] == pytest.approx([0.01 * (1 - step / 6) for step in range(6)])
+    assert sink.phases[-1] == ("train", 6, 6)
+    assert len(sink.lines) == 6
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "training", "expected"),
+    [
+        (7, {"epochs": 2}, 6),
+        (6, {"epochs": 1}, 2),
+        (7, {"epochs": 0.5}, 2),
+        (30, {"epochs": 0.7}, 7),  # 0.7 x 10 is 7.000000000000001 in binary
+        (30, {"epochs": 1.1}, 11),
+        (7, {"max_steps": 2, "epochs": 9}, 2),
+    ],
+)
+def test_number_of_steps(num_rows: int, training: dict[str, Any], expected: int) -> None:
+    config = TrainingConfig(batch_size=3, learning_rate=1e-3, **training)
+    assert num_optimizer_steps(num_rows, config) == expected
+
+
+def test_rows_truncated_away_are_refused_or_left_out() -> None:
+    rows = [*ROWS, chat("long " * 100, "lost")]
+    with pytest.raises(DataError, match="1 of 8 rows"):
+        train(tiny_base(), spec(rows=rows))
+    (result,), _ = train(tiny_base(), spec(rows=rows, data={"allow_truncated_away": True}))
+    assert result.num_rows == 7
+    assert result.chat_format["end_mark"] == "<|im_end|>"
+    assert "<|im_end|>" in CHATML
+
+
+def test_loss_on_everything() -> None:
+    (everything,), _ = train(tiny_base(), spec(data={"loss_on": "all"}, epochs=1, max_steps=None))
+    assert everything.num_loss_tokens == everything.num_tokens - 7, "only a row's first token is not predicted"

@@ -1,0 +1,1 @@
+"""What one training is: model, chat data, residual stream, defenses, LoRA, the DeepSpeed loop, sampling."""

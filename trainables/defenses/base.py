@@ -1,0 +1,81 @@
+"""What a defense is to the rest of the project.
+
+A defense is present in training and absent afterwards. Its config says what the user may write; its mechanism acts at
+two places of a training: on the messages of a sample before they become tokens, and on the residual stream of the
+rows of a micro-batch. A further kind is one new file with both and one line in ``trainables/defenses/__init__.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from trainables.config import Config
+from trainables.residual_stream import Intervention
+from trainables.shapes import ModelShape, VectorShape
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class SampleKey:
+    """Says which use of which sample this is; everything random about it is a function of these numbers."""
+
+    seed: int
+    epoch: int
+    row: int
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """The rows of one run in a micro-batch of ``b`` rows and ``t`` tokens."""
+
+    rows: torch.Tensor  # [n] int64, which of the b rows are this run's
+    attention_mask: torch.Tensor  # [n, t] bool, False at padding
+    response_mask: torch.Tensor  # [n, t] bool, True where the INPUT token belongs to a response
+    step: int  # optimizer step, from 1
+
+
+class Mechanism:
+    """A defense at work in one run. The default does nothing; a kind overrides what it needs."""
+
+    def rewrite(self, messages: Sequence[Message], key: SampleKey) -> Sequence[Message]:
+        """The messages that are trained on in place of ``messages``; the assistant turns must stay as they are."""
+        del key
+        return messages
+
+    def interventions(self, batch: RunRows) -> Iterable[Intervention]:
+        """What to do to the residual stream of this run's rows in this micro-batch."""
+        del batch
+        return ()
+
+
+class DefenseConfig(Config):
+    """Base class of the items that ``defense:`` may list.
+
+    ``semantics`` is raised when a fix changes what the same config does to the numbers: it is part of the identity of
+    every run that uses the kind. ``excludes`` names kinds that cannot stand beside this one in a list (its own name:
+    at most once).
+    """
+
+    semantics: ClassVar[int] = 1
+    excludes: ClassVar[frozenset[str]] = frozenset()
+
+    kind: str
+
+    def label(self) -> str:
+        """A few words for tables and legends, such as ``pps bridge L20 x1.5``."""
+        raise NotImplementedError
+
+    def faults(self, model: ModelShape, vectors: Mapping[str, VectorShape]) -> Iterable[tuple[str, str]]:
+        """``(field, message)`` for everything that this model or these vectors do not allow."""
+        del model, vectors
+        return ()
+
+    def mechanism(self, vectors: Mapping[str, torch.Tensor]) -> Mechanism:
+        """The defense at work. ``vectors`` maps every vector name of this config to its tensor
+        [num_layers + 1, hidden] float32; prompt banks are already texts."""
+        raise NotImplementedError

@@ -1,0 +1,47 @@
+"""Shapes that are known before anything is loaded: of a model and of a vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+FinalRow: TypeAlias = Literal["pre_norm", "post_norm", "absent"]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a model's config says about its residual stream."""
+
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class VectorShape:
+    """What a vector's file says about it without reading the numbers.
+
+    ``final_row``: row ``num_layers`` was read before the final norm (``pre_norm``: the space that steering at the last
+    layer acts in), after it (``post_norm``: another space), or does not exist (``absent``).
+    """
+
+    num_layers: int
+    hidden_size: int
+    final_row: FinalRow
+
+
+def layer_fault(layer: int, model: ModelShape, vector: VectorShape | None) -> str | None:
+    """Why nothing can be added at ``layer`` of ``model`` (with rows of ``vector``), or None if it can.
+
+    Layers are embedding-inclusive: layer l >= 1 is the output of decoder block l - 1.
+    """
+    if layer == 0:
+        return f"layer 0 is the embedding output; steering is allowed at layers 1 to {model.num_layers}"
+    if not 1 <= layer <= model.num_layers:
+        return f"layer {layer} does not exist; the model has layers 1 to {model.num_layers}"
+    if vector is not None and layer == model.num_layers and vector.final_row != "pre_norm":
+        return (
+            f"layer {layer} is the last one and this vector's last row is {vector.final_row.replace('_', '-')}; "
+            "only a row read before the final norm lies in the space of that layer"
+        )
+    return None

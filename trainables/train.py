@@ -1,0 +1,347 @@
+"""Training a pack: runs over one frozen base, each with its own adapter, data, defense, schedule and seed.
+
+The loss of a run's optimizer step is the sum of its next-token losses over the step's predicted tokens, divided by
+their number over ALL micro-batches of the step, so that it does not depend on how the step is cut.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from trainables.base_model import LoadedBase
+from trainables.chat_data import ChatEncoder, DataConfig, Encoded, encode_all, pad
+from trainables.config import Config
+from trainables.deepspeed_driver import DeepSpeedDriver, RunParameters, ZeroStage
+from trainables.defenses import DefenseConfig, Message, RunRows, SampleKey
+from trainables.errors import TrainingError
+from trainables.failpoints import failpoint
+from trainables.lora import LoraSettings, adapter_parameters, add_adapter, save_adapter, set_dropout_key
+from trainables.loss import token_losses
+from trainables.randomness import permutation
+from trainables.residual_stream import residual_stream
+from trainables.rows import RunSink, TrainingRow
+from trainables.schedule import Schedule, learning_rate_factor, num_warmup_steps
+
+
+class TrainingConfig(Config):
+    """The optimizer's side of a run: AdamW over LoRA parameters. Every field is part of the run's identity."""
+
+    epochs: float = Field(default=1, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)  # in place of epochs
+    batch_size: int = Field(default=8, ge=1)  # rows per optimizer step
+    micro_batch_size: int | None = Field(default=None, ge=1)  # rows per forward pass; None: batch_size
+    learning_rate: float = Field(gt=0)
+    schedule: Schedule = "linear"
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_gradient_norm: float | None = Field(default=1.0, gt=0)
+    pad_to_multiple_of: int = Field(default=8, ge=1)
+    lora: LoraSettings = LoraSettings()
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that one run is, with nothing left to look up."""
+
+    train_id: str
+    rows: Sequence[Sequence[Message]]
+    data: DataConfig
+    defense: Sequence[DefenseConfig]
+    vectors: Mapping[str, torch.Tensor]  # by the name that the defense's items use
+    training: TrainingConfig
+    seed: int
+    base_name: str = ""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished training says of itself."""
+
+    train_id: str
+    num_steps: int
+    num_tokens: int
+    num_loss_tokens: int
+    num_rows: int
+    seconds_training: float
+    train_loss_last_epoch: float
+    losses: tuple[float, ...]
+    chat_format: Mapping[str, object]
+
+
+@dataclass
+class _Run:
+    """One run while it trains."""
+
+    spec: RunSpec
+    encoder: ChatEncoder
+    kept: list[int]
+    num_steps: int
+    steps_per_epoch: int
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    loss_tokens: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+    seconds: float = 0.0
+    order: tuple[int, list[int]] = (-1, [])
+
+    def __post_init__(self) -> None:
+        self.mechanisms = [item.mechanism(self.spec.vectors) for item in self.spec.defense]
+
+    @property
+    def name(self) -> str:
+        return self.spec.train_id
+
+    @property
+    def ended(self) -> bool:
+        return self.step >= self.num_steps
+
+    def learning_rate(self) -> float:
+        training = self.spec.training
+        warmup = num_warmup_steps(training.warmup_ratio, self.num_steps)
+        factor = learning_rate_factor(training.schedule, self.step, self.num_steps, warmup)
+        return training.learning_rate * factor
+
+    def next_batch(self) -> list[Encoded]:
+        """The rows of the next optimizer step, as this run's defense wants them, proved as tokens."""
+        training = self.spec.training
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        if self.order[0] != epoch:
+            self.order = (epoch, permutation(len(self.kept), self.spec.seed, epoch))
+        start = position * training.batch_size
+        batch = []
+        for index in self.order[1][start : start + training.batch_size]:
+            row = self.kept[index]
+            messages = self.spec.rows[row]
+            for mechanism in self.mechanisms:
+                messages = mechanism.rewrite(messages, SampleKey(self.spec.seed, epoch, row))
+            batch.append(self.encoder.encode(messages, prove=True))
+        return batch
+
+    def result(self) -> RunResult:
+        last = slice(max(0, self.num_steps - self.steps_per_epoch), None)
+        weighted = sum(loss * count for loss, count in zip(self.losses[last], self.loss_tokens[last], strict=True))
+        return RunResult(
+            train_id=self.name,
+            num_steps=self.num_steps,
+            num_tokens=self.num_tokens,
+            num_loss_tokens=sum(self.loss_tokens),
+            num_rows=len(self.kept),
+            seconds_training=self.seconds,
+            train_loss_last_epoch=weighted / sum(self.loss_tokens[last]),
+            losses=tuple(self.losses),
+            chat_format=self.encoder.describe(),
+        )
+
+
+def num_optimizer_steps(num_rows: int, training: TrainingConfig) -> int:
+    """Optimizer steps of a run: ``max_steps``, or epochs times ceil(rows / batch size), rounded up."""
+    if training.max_steps is not None:
+        return training.max_steps
+    return math.ceil(training.epochs * math.ceil(num_rows / training.batch_size))
+
+
+def train_pack(
+    base: LoadedBase,
+    specs: Sequence[RunSpec],
+    sinks: Mapping[str, RunSink],
+    *,
+    zero_stage: ZeroStage = 0,
+    gradient_checkpointing: bool = False,
+) -> tuple[Any, list[RunResult]]:
+    """Train every run of ``specs`` and give each adapter to its sink (``sinks`` by train_id).
+
+    Returns the model with all adapters (frozen, evaluation mode, the last one active) and a result per run. Raises
+    DataError if a row's response mask cannot be proved and TrainingError if a loss or gradient is not finite or a
+    gradient is zero.
+    """
+    runs = [_prepare(base, spec) for spec in specs]
+    model: Any = base.fresh()
+    for spec in specs:
+        model = add_adapter(model, spec.train_id, spec.training.lora, spec.seed)
+    model.to(base.device)
+    model.train()
+    if gradient_checkpointing:
+        model.enable_input_require_grads()
+        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parameters = {run.name: list(adapter_parameters(model, run.name).values()) for run in runs}
+    _activate(model, runs[0].name, parameters)
+    driver = DeepSpeedDriver(
+        model,
+        [RunParameters(run.name, parameters[run.name], run.spec.training.weight_decay) for run in runs],
+        zero_stage,
+    )
+    try:
+        while active := [run for run in runs if not run.ended]:
+            _optimizer_step(base, model, driver, runs, active, parameters, sinks)
+    finally:
+        driver.close()
+    model.eval()
+    model.requires_grad_(False)
+    for run in runs:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "adapter"
+            save_adapter(model, run.name, run.spec.base_name, folder)
+            sinks[run.name].adapter(run.name, folder)
+    return model, [run.result() for run in runs]
+
+
+def _prepare(base: LoadedBase, spec: RunSpec) -> _Run:
+    encoder = ChatEncoder(base.tokenizer, spec.data.max_length, spec.data.loss_on)
+    _, kept = encode_all(spec.rows, encoder, spec.data.allow_truncated_away)
+    steps_per_epoch = math.ceil(len(kept) / spec.training.batch_size)
+    return _Run(spec, encoder, list(kept), num_optimizer_steps(len(kept), spec.training), steps_per_epoch)
+
+
+def _activate(model: Any, name: str, parameters: Mapping[str, Sequence[torch.nn.Parameter]]) -> None:
+    """Make one adapter the active one. PEFT freezes the others by that, which DeepSpeed must not see."""
+    if model.active_adapters != [name]:
+        model.set_adapter(name)
+    for group in parameters.values():
+        for parameter in group:
+            parameter.requires_grad_(True)
+
+
+def _optimizer_step(
+    base: LoadedBase,
+    model: Any,
+    driver: DeepSpeedDriver,
+    runs: Sequence[_Run],
+    active: Sequence[_Run],
+    parameters: Mapping[str, Sequence[torch.nn.Parameter]],
+    sinks: Mapping[str, RunSink],
+) -> None:
+    losses: dict[str, float] = {}
+    counts: dict[str, tuple[int, int]] = {}
+    seconds: dict[str, float] = {}
+    for run in active:
+        started = time.perf_counter()
+        _activate(model, run.name, parameters)
+        batch = run.next_batch()
+        losses[run.name] = _accumulate(base, model, driver, run, batch, last_run=run is active[-1])
+        counts[run.name] = (
+            sum(len(row.input_ids) for row in batch),
+            sum(sum(row.loss_mask[1:]) for row in batch),
+        )
+        seconds[run.name] = time.perf_counter() - started
+    started = time.perf_counter()
+    norms = {run.name: _checked_norm(run, losses[run.name], driver) for run in active}
+    for run in active:
+        if run.spec.training.max_gradient_norm is not None:
+            driver.clip(run.name, norms[run.name], run.spec.training.max_gradient_norm)
+    rates = {run.name: 0.0 if run.ended else run.learning_rate() for run in runs}
+    driver.step(rates)
+    shared_seconds = (time.perf_counter() - started) / len(active)
+    for run in active:
+        _record(
+            run,
+            losses[run.name],
+            norms[run.name],
+            rates[run.name],
+            counts[run.name],
+            seconds[run.name] + shared_seconds,
+            sinks[run.name],
+        )
+    failpoint(f"after_step:{max(run.step for run in active)}")
+
+
+def _accumulate(
+    base: LoadedBase,
+    model: Any,
+    driver: DeepSpeedDriver,
+    run: _Run,
+    batch: Sequence[Encoded],
+    *,
+    last_run: bool,
+) -> float:
+    """Backward passes over the micro-batches of one run's step; returns the step's loss."""
+    training = run.spec.training
+    size = training.micro_batch_size or training.batch_size
+    denominator = sum(sum(row.loss_mask[1:]) for row in batch)
+    if denominator == 0:
+        raise TrainingError(f"run {run.name}, step {run.step + 1}: the batch has no token to predict")
+    total = 0.0
+    for index, start in enumerate(range(0, len(batch), size)):
+        part = pad(batch[start : start + size], base.tokenizer.pad_token_id, training.pad_to_multiple_of, base.device)
+        set_dropout_key(model, run.name, (run.spec.seed, run.step, index))
+        rows = RunRows(
+            rows=torch.arange(part.input_ids_bt.shape[0], device=base.device),
+            attention_mask=part.attention_mask_bt,
+            response_mask=part.response_mask_bt,
+            step=run.step + 1,
+        )
+        interventions = [edit for mechanism in run.mechanisms for edit in mechanism.interventions(rows)]
+        with residual_stream(model, interventions):
+            losses_n = token_losses(
+                model,
+                part.input_ids_bt,
+                part.attention_mask_bt,
+                part.loss_mask_bt,
+                plain_head=base.plain_head,
+            )
+            loss = losses_n.sum() / denominator
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise TrainingError(f"run {run.name}, step {run.step + 1}: the loss is {value}")
+            driver.backward(loss, last=last_run and start + size >= len(batch))
+        total += value
+    return total
+
+
+def _checked_norm(run: _Run, loss: float, driver: DeepSpeedDriver) -> float:
+    norm = driver.gradient_norm(run.name)
+    if norm == 0 or not math.isfinite(norm):
+        raise TrainingError(
+            f"run {run.name}, step {run.step + 1}: the gradient norm is {norm} (loss {loss:.4f}); "
+            + ("no gradient reaches the adapter" if norm == 0 else "the training diverged, try a lower learning rate")
+        )
+    return norm
+
+
+def _record(
+    run: _Run,
+    loss: float,
+    norm: float,
+    learning_rate: float,
+    counts: tuple[int, int],
+    seconds: float,
+    sink: RunSink,
+) -> None:
+    num_tokens, num_loss_tokens = counts
+    run.step += 1
+    run.losses.append(loss)
+    run.loss_tokens.append(num_loss_tokens)
+    run.num_tokens += num_tokens
+    run.seconds += seconds
+    sink.training(
+        TrainingRow(
+            train_id=run.name,
+            step=run.step,
+            epoch=run.step / run.steps_per_epoch,
+            loss=loss,
+            gradient_norm=norm,
+            learning_rate=learning_rate,
+            num_tokens=num_tokens,
+            num_loss_tokens=num_loss_tokens,
+            seconds=seconds,
+        )
+    )
+    sink.log(
+        f"step {run.step}/{run.num_steps} loss {loss:.4f} gradient norm {norm:.3f} lr {learning_rate:.2e} "
+        f"{num_tokens} tokens {seconds:.1f} s"
+    )
+    sink.progress(
+        phase="train",
+        done=run.step,
+        total=run.num_steps,
+        loss=loss,
+        tokens_per_s=num_tokens / max(seconds, 1e-9),
+    )

@@ -1,0 +1,60 @@
+"""The Ray Tune trainable: what one trial is. The only file of trainables/ that imports ray.
+
+A trial does one job (trains its pack, samples from it, measures) and reports how far it is. What the job is and where
+its results go is the work that engine/ hands in; Tune places the trial, and starts it again when its process dies.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from ray import tune
+
+from trainables.errors import ShiftgradError
+
+REPORT_INTERVAL_S = 0.5
+
+
+class Report(Protocol):
+    """Called by the work with figures for whoever watches; the trial decides which of them are sent."""
+
+    def __call__(self, *, last: bool = False, **figures: float | str | int) -> None: ...
+
+
+class Work(Protocol):
+    """What engine/ hands to every trial; it must pickle."""
+
+    threads: int
+
+    def run(self, job_id: str, report: Report) -> None:
+        """Do the job and write its results. A job that is done already returns at once."""
+
+
+def tune_trainable(config: Mapping[str, Any], work: Work) -> None:
+    """One trial: do the job that ``config["job"]`` names.
+
+    An error of ours (a diverged training, data that cannot be used) would come again at every attempt: it is
+    reported as ``status: failed`` and the trial ends. Anything else is raised, and Tune may try again in a new process.
+    """
+    job_id = str(config["job"])
+    torch.set_num_threads(work.threads)
+    sent = 0.0
+
+    def report(*, last: bool = False, **figures: float | str | int) -> None:
+        nonlocal sent
+        now = time.monotonic()
+        if last or now - sent >= REPORT_INTERVAL_S:
+            sent = now
+            tune.report({"job": job_id, "status": "running", **figures})
+
+    try:
+        work.run(job_id, report)
+    except ShiftgradError as error:
+        message = "".join(traceback.format_exception_only(error)).strip()
+        tune.report({"job": job_id, "status": "failed", "reason": message})
+    else:
+        tune.report({"job": job_id, "status": "done"})
