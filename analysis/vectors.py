@@ -6,6 +6,7 @@ l (row 0: the embedding output; the last row: the output of the last block BEFOR
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +38,14 @@ class Vector:
     revision: str
 
     def to_bytes(self) -> bytes:
-        """The vector as a safetensors file with its facts as metadata."""
+        """The vector as a safetensors file with its facts as metadata; the same vector gives the same bytes."""
         metadata = {"final_row": self.final_row, "model": self.model, "revision": self.revision}
-        return save({TENSOR: self.values.to(torch.float32).contiguous()}, metadata)
+        file = save({TENSOR: self.values.to(torch.float32).contiguous()}, metadata)
+        size = int.from_bytes(file[:8], "little")
+        # the library writes the metadata in another order every time
+        header = json.dumps(json.loads(file[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)  # the format wants the numbers at a multiple of 8
+        return len(header).to_bytes(8, "little") + header + file[8 + size :]
 
     @staticmethod
     def read(path: Path) -> Vector:
@@ -52,8 +58,8 @@ class Vector:
 def read_vector_header(path: Path) -> tuple[VectorShape, str, str]:
     """(shape, model, revision) of a vector file without reading its numbers.
 
-    Raises ConfigError if it is not a safetensors file with one float32 tensor called ``vector`` of two dimensions and
-    metadata ``final_row``.
+    Raises ConfigError if it is not a readable safetensors file with one float32 tensor called ``vector`` of two
+    dimensions and metadata ``final_row``.
     """
     wanted = "a safetensors file with one float32 tensor 'vector' [num_layers + 1, hidden] and metadata final_row"
     try:
@@ -64,7 +70,7 @@ def read_vector_header(path: Path) -> tuple[VectorShape, str, str]:
                 raise ConfigError([Fault(str(path), f"holds tensors {names}; a vector is {wanted}")])
             piece = handle.get_slice(TENSOR)
             dimensions, dtype = piece.get_shape(), piece.get_dtype()
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ConfigError([Fault(str(path), f"cannot be read ({error}); a vector is {wanted}")]) from error
     final_row = next((known for known in FINAL_ROWS if known == metadata.get("final_row")), None)
     if len(dimensions) != 2 or dtype != "F32" or final_row is None:

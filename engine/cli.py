@@ -101,3 +101,6 @@ def main() -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped. What is finished is kept; run the same command again to go on.")
         sys.exit(130)
+
+if __name__ == "__main__":
+    main()

@@ -11,15 +11,20 @@ Flat = dict[str, object]
 
 
 def unique_labels(heads: Sequence[str], cells: Sequence[Mapping[str, object]]) -> list[str]:
-    """One label per cell, no two equal: its head, then `` name=value`` for all that differs between the cells.
+    """One label per cell, no two equal: its head, then `` name=value`` for all that differs among cells of one head.
 
     ``heads[i]`` is the label of the defense of cell i (or the user's own), ``cells[i]`` its plain data without
     ``label``. Where defense labels hide a difference (they round numbers and count prompts), short values of the
     defense are added too; cells that are still called the same get `` #2``, `` #3``.
     """
     flat = [_flatten(cell) for cell in cells]
-    differing = _differing([{k: v for k, v in one.items() if not _in_defense(k)} for one in flat])
-    labels = [head + _parts(one, differing) for head, one in zip(heads, flat, strict=True)]
+    labels = list(heads)
+    for head in dict.fromkeys(heads):
+        group = [index for index, other in enumerate(heads) if other == head]
+        outside = [{k: v for k, v in flat[index].items() if not _in_defense(k)} for index in group]
+        differing = _differing(outside)
+        for index in group:
+            labels[index] += _parts(flat[index], differing)
     for label, count in Counter(labels).items():
         if count > 1:
             same = [index for index, other in enumerate(labels) if other == label]

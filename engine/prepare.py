@@ -197,9 +197,8 @@ def _evaluation(sweep: Sweep, index: int, config: EvaluationConfig, sources: Sou
             metrics[name] = resolved
     metrics.setdefault(DEGENERATION, DegenerationMetric())  # a broken model must not look defended
     for column in repeated_columns(tuple(metrics)):
-        sources.faults.append(
-            Fault(sweep.key(index, "evaluation", "metrics"), f"the summary would have two columns {column!r}; rename one")
-        )
+        message = f"the summary would have two columns {column!r}; rename one"
+        sources.faults.append(Fault(sweep.key(index, "evaluation", "metrics"), message))
     if content is None or len(metrics) < len(config.metrics):
         return None
     return _Evaluation(
@@ -244,7 +243,7 @@ class _Graph:
 
     def add(self, sound: _SoundCell) -> None:
         """Add a cell's vectors, run, samples, judgements and measurements, and those of its base."""
-        cell, base, evaluation = sound.cell, sound.base, sound.evaluation
+        cell, base = sound.cell, sound.base
         ids = {name: self.vectors.add(name, base, self._must_prove) for name in _vector_names(cell)}
         defense = resolved_defense(cell.defense, ids, dict(sound.prompts))
         identity = TrainTask.identity(base, cell.data, sound.train_content, defense, cell.training, cell.seed)

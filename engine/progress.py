@@ -78,9 +78,9 @@ class LineProgress:
         self._line(f"{label}: started")
 
     def job_figures(self, job_id: str, label: str, figures: Mapping[str, Any]) -> None:
-        if "phase" not in figures or "done" not in figures:
+        if "phase" not in figures or "units_done" not in figures:
             return
-        phase, done, total = str(figures["phase"]), int(figures["done"]), int(figures["total"])
+        phase, done, total = str(figures["phase"]), int(figures["units_done"]), int(figures["units_total"])
         left = self.pace.seconds_left(job_id, phase, done, total)
         now = time.monotonic()
         if now - self.last.get(job_id, 0.0) < LINE_INTERVAL_S:
@@ -127,9 +127,9 @@ class LiveProgress:
             self.bars[job_id] = self.progress.add_task(f"{escape(label)}: starting", total=None, figures="")
 
     def job_figures(self, job_id: str, label: str, figures: Mapping[str, Any]) -> None:
-        if "phase" not in figures or "done" not in figures or job_id not in self.bars:
+        if "phase" not in figures or "units_done" not in figures or job_id not in self.bars:
             return
-        phase, done, total = str(figures["phase"]), int(figures["done"]), int(figures["total"])
+        phase, done, total = str(figures["phase"]), int(figures["units_done"]), int(figures["units_total"])
         left = self.pace.seconds_left(job_id, phase, done, total)
         self.progress.update(
             self.bars[job_id],

@@ -7,11 +7,13 @@ its parents are done; children of a failed job are never handed out.
 from __future__ import annotations
 
 import tempfile
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ray import tune
+from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
@@ -44,14 +46,21 @@ class Placement:
     max_retries: int
 
 
-class _GraphSearcher(Searcher):
+class _StaysInDriver:
+    """Tune pickles searchers and callbacks for a restore that is never made; what they hold cannot be pickled."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _GraphSearcher(_StaysInDriver, Searcher):
     """Suggests jobs whose parents are done, in order; None while the rest has to wait; FINISHED when none is left."""
 
     def __init__(self, jobs: Mapping[str, Job], watcher: Watcher) -> None:
         super().__init__(metric=None, mode=None)
         self.waiting = dict(jobs)
         self.open = set(jobs)  # not done: a parent that is not open was done before this invocation
-        self.lost: dict[str, str] = {}  # failed or skipped -> its label
+        self.lost: dict[str, str] = {}  # failed or skipped -> what to say of it
         self.job_of_trial: dict[str, str] = {}
         self.watcher = watcher
 
@@ -72,20 +81,18 @@ class _GraphSearcher(Searcher):
                 lost = [parent for parent in job.parents if parent in self.lost]
                 if lost:
                     del self.waiting[job_id]
-                    self.open.discard(job_id)
-                    self.lost[job_id] = job.label
-                    self.watcher.skipped(job_id, f"needs {self.lost[lost[0]]}, which failed")
+                    self.lost[job_id] = f"{job.label}, which was skipped"
+                    self.watcher.skipped(job_id, f"needs {self.lost[lost[0]]}")
                     found = True
 
     def finish(self, trial_id: str, job: Job | None, reason: str | None) -> None:
         """A trial ended for good; with a ``reason`` its job failed."""
         job_id = self.job_of_trial[trial_id]
-        self.open.discard(job_id)
         if reason is None:
+            self.open.discard(job_id)
             self.watcher.done(job_id)
         else:
-            self.lost[job_id] = job.label if job is not None else job_id
-            self.open.add(job_id)
+            self.lost[job_id] = f"{job.label if job is not None else job_id}, which failed"
             self.watcher.failed(job_id, reason)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -101,16 +108,13 @@ class _GraphSearcher(Searcher):
         """Nothing to restore: the store says what is done."""
 
 
-class _Callback(tune.Callback):
-    """Passes on what Tune tells about trials. Tune pickles callbacks, so what cannot be pickled is left out then."""
+class _Callback(_StaysInDriver, tune.Callback):
+    """Passes on what Tune tells about trials."""
 
     def __init__(self, searcher: _GraphSearcher, jobs: Mapping[str, Job], watcher: Watcher) -> None:
         self.searcher = searcher
         self.jobs = jobs
         self.watcher = watcher
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         del iteration, trials, info
@@ -132,15 +136,19 @@ class _Callback(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         del iteration, trials, info
-        reason = _short_reason(trial)
-        self.searcher.finish(trial.trial_id, self.jobs.get(trial.config["job"]), reason)
+        self.searcher.finish(trial.trial_id, self.jobs.get(trial.config["job"]), _error_text(trial))
 
 
-def _short_reason(trial: Trial) -> str:
-    """The last meaningful line of a dead trial's error."""
-    text = str(getattr(trial, "get_error", lambda: None)() or "the process of the trial died")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else text
+def _error_text(trial: Trial) -> str:
+    """One line that says why a trial failed for good."""
+    error = trial.get_pickled_error()
+    if isinstance(error, RayTaskError):
+        error = error.cause if isinstance(error.cause, BaseException) else error
+        return "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    if isinstance(error, RayActorError):
+        return f"the trial's process died (killed, out of memory or a crash), {trial.num_failures} times"
+    lines = [line.strip() for line in str(error or trial.get_error() or "").splitlines() if line.strip()]
+    return lines[-1] if lines else "the trial failed without a message"
 
 
 def run_graph(jobs: Mapping[str, Job], work: Work, placement: Placement, watcher: Watcher) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -19,8 +20,7 @@ from trainables.errors import StoreError
 def summary_table(results: Results) -> Table:
     """One line per base and run: every metric with its standard error and count, plain loss, training loss."""
     frame = results.summary()
-    metrics = [column.removesuffix("_se") for column in frame.columns if f"{column.removesuffix('_se')}_num_scored" in frame]
-    metrics = list(dict.fromkeys(metrics))
+    metrics = list(dict.fromkeys(metric for entry in results.manifest.runs for metric in entry.judge_ids))
     table = Table(title=f"{results.name}: mean ± standard error clustered by question", title_justify="left")
     table.add_column("run", overflow="fold")
     for metric in metrics:
@@ -29,12 +29,13 @@ def summary_table(results: Results) -> Table:
         table.add_column(column, justify="right" if column != "status" else "left")
     for row in frame.to_dict("records"):
         cells = [_estimate(row, metric) for metric in metrics]
-        cells += [_number(row["plain_loss"]), _number(row["train_loss"]), _count(row["num_answers"]), str(row["status"])]
+        cells += [_number(row["plain_loss"]), _number(row["train_loss"]), _count(row["num_answers"])]
+        cells.append(str(row["status"]))
         table.add_row(str(row["run"]), *cells)
     return table
 
 
-def _estimate(row: dict[str, Any], metric: str) -> str:
+def _estimate(row: Mapping[Hashable, Any], metric: str) -> str:
     mean, error = row[metric], row[f"{metric}_se"]
     missing = row[f"{metric}_num_missing"]
     text = "-" if pd.isna(mean) else f"{mean:.2f}"

@@ -56,7 +56,7 @@ class StoreSink:
         self.store.append_line(f"runs/{self.run_id}/log.txt", f"{_utc_now()} {message}")
 
     def progress(self, *, phase: str, done: int, total: int, **figures: float) -> None:
-        self.report(last=done == total, phase=phase, done=done, total=total, **figures)
+        self.report(last=done == total, phase=phase, units_done=done, units_total=total, **figures)
 
     def training(self, row: TrainingRow) -> None:
         self.training_rows.append(row)
@@ -87,8 +87,13 @@ class SweepWork:
             if not self.store.exists(vector_key(job.id)):
                 vector = self._make_vector(job, report)
                 self.store.publish(vector_key(job.id), vector.to_bytes())
-        else:
-            self._run(job, report)
+            return
+        sink = StoreSink(self.store, job.id, report)
+        try:
+            self._run(job, sink)
+        except Exception as error:
+            sink.log(f"failed: {type(error).__name__}: {error}")
+            raise
 
     def _make_vector(self, job: VectorJob, report: Report) -> Vector:
         recipe = job.recipe
@@ -100,7 +105,7 @@ class SweepWork:
             base = _base(recipe.base, torch.device(self.device))
 
             def progress(done: int, total: int) -> None:
-                report(phase="vector", done=done, total=total)
+                report(phase="vector", units_done=done, units_total=total)
 
             rows = (self._rows(recipe.positive), self._rows(recipe.negative))
             values = difference(base, *rows, max_length=recipe.max_length, progress=progress)
@@ -108,9 +113,8 @@ class SweepWork:
         like = Vector.read(self.store.path(vector_key(recipe.like)))
         return Vector(random_like(like.values, recipe.seed, recipe.name), like.final_row, like.model, like.revision)
 
-    def _run(self, job: RunJob, report: Report) -> None:
+    def _run(self, job: RunJob, sink: StoreSink) -> None:
         base = _base(job.base, torch.device(self.device))
-        sink = StoreSink(self.store, job.id, report)
         model = base.model
         if job.train is not None:
             if self.store.exists(f"runs/{job.id}/run.json"):
@@ -126,10 +130,10 @@ class SweepWork:
                     model, base.tokenizer, questions, sample.sampling, sample_id=sample.id, noise_key=job.id
                 ):
                     rows += batch
-                    sink.progress(phase="sample", done=len(rows), total=total + 1)
+                    sink.progress(phase="sample", done=len(rows), total=total)
                 self.store.publish_table("generations", sample.id, rows)
                 sink.log(f"sampled {len(rows)} answers")
-            report(last=True, phase="sample", sampled=sample.id)
+            sink.report(last=True, sampled=sample.id)
         for loss in job.losses:
             if not self.store.exists(f"tables/losses/{loss.id}.parquet"):
                 losses = response_losses(

@@ -84,7 +84,7 @@ def _hub_config(base: BaseConfig) -> Any:
 def _folder_hash(folder: Path) -> str:
     """sha256 over names and contents of the files that a model is made of."""
     digest = hashlib.sha256()
-    suffixes = {".json", ".safetensors", ".model", ".txt", ".jinja"}
+    suffixes = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
     for path in sorted(file for file in folder.iterdir() if file.suffix in suffixes):
         with path.open("rb") as handle:
             digest.update(f"{path.name}\0{hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
@@ -125,7 +125,7 @@ def load_base(base: ResolvedBase, device: torch.device) -> LoadedBase:
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         _folder_or_id(base), dtype=getattr(torch, base.dtype), trust_remote_code=False, **_revision(base)
     )
     ends = model.generation_config.eos_token_id

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +54,8 @@ def _ensure_process_group(deepspeed: Any) -> None:
     """A process group of one, without a port, unless a launcher (Ray Train) has made a larger one already."""
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.init_distributed(
         dist_backend=torch.distributed.get_backend(),
@@ -117,14 +117,15 @@ class DeepSpeedDriver:
         return float(torch.nn.utils.get_total_norm(gradients))
 
     def clip(self, run: str, norm: float, max_norm: float) -> None:
-        """Scale the run's gradients by max_norm / (norm + 1e-6) if its ``norm`` is above ``max_norm``."""
-        scale = max_norm / (norm + 1e-6)
-        if scale >= 1 or not math.isfinite(scale):
-            return
+        """Scale the run's gradients by max_norm / (norm + 1e-6) if that is below 1.
+
+        In the arithmetic of ``torch.nn.utils.clip_grad_norm_``, so that both give the same gradients to the bit.
+        """
         from deepspeed.utils import safe_set_full_grad
 
         for parameter, gradient in self._gradients(run):
-            safe_set_full_grad(parameter, gradient * scale)
+            scale = max_norm / (torch.tensor(norm, dtype=gradient.dtype, device=gradient.device) + 1e-6)
+            safe_set_full_grad(parameter, gradient * scale.clamp(max=1.0))
 
     def step(self, learning_rates: Mapping[str, float]) -> None:
         """One AdamW step for all runs; gradients are cleared."""

@@ -7,6 +7,7 @@ weights are the dequantised 4-bit ones: a model of its own, equal on every machi
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import io
@@ -55,8 +56,9 @@ def embedded_revision(name: str) -> str:
     return f"{model.distribution}=={importlib.metadata.version(model.distribution)},conversion={CONVERSION}"
 
 
+@functools.cache
 def embedded_shape(name: str) -> ModelShape:
-    """Shape of the model, read from the GGUF header alone."""
+    """Shape of the model, read from the GGUF header alone (2 s: the header holds the whole vocabulary)."""
     from gguf import GGUFReader
 
     fields = GGUFReader(_gguf_path(find_embedded(name))).fields

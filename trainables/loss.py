@@ -18,7 +18,7 @@ from torch import nn
 
 from trainables.model_parts import backbone, causal_lm
 
-CHUNK = 1024  # positions whose logits exist at one time: 1024 x 49k x 4 bytes = 200 MB
+CHUNK = 512  # positions whose logits exist at one time: 512 x 49k x 4 bytes = 100 MB
 
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):

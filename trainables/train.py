@@ -22,10 +22,11 @@ from trainables.chat_data import ChatEncoder, DataConfig, Encoded, encode_all, p
 from trainables.config import Config
 from trainables.deepspeed_driver import DeepSpeedDriver, RunParameters, ZeroStage
 from trainables.defenses import DefenseConfig, Message, RunRows, SampleKey
-from trainables.errors import TrainingError
+from trainables.errors import DataError, TrainingError
 from trainables.failpoints import failpoint
-from trainables.lora import LoraSettings, adapter_parameters, add_adapter, save_adapter, set_dropout_key
+from trainables.lora import CounterDropout, LoraSettings, adapter_parameters, add_adapter, save_adapter, set_dropout_key
 from trainables.loss import token_losses
+from trainables.model_parts import decoder_layers
 from trainables.randomness import permutation
 from trainables.residual_stream import residual_stream
 from trainables.rows import RunSink, TrainingRow
@@ -123,7 +124,14 @@ class _Run:
             messages = self.spec.rows[row]
             for mechanism in self.mechanisms:
                 messages = mechanism.rewrite(messages, SampleKey(self.spec.seed, epoch, row))
-            batch.append(self.encoder.encode(messages, prove=True))
+            encoded = self.encoder.encode(messages, prove=True)
+            if not any(encoded.response_mask) and not self.spec.data.allow_truncated_away:
+                raise DataError(
+                    f"run {self.name}, step {self.step + 1}: row {row + 1} has its whole response beyond "
+                    f"max_length={self.encoder.max_length} tokens once its defense has rewritten it; raise max_length, "
+                    "or set allow_truncated_away"
+                )
+            batch.append(encoded)
         return batch
 
     def result(self) -> RunResult:
@@ -146,7 +154,9 @@ def num_optimizer_steps(num_rows: int, training: TrainingConfig) -> int:
     """Optimizer steps of a run: ``max_steps``, or epochs times ceil(rows / batch size), rounded up."""
     if training.max_steps is not None:
         return training.max_steps
-    return math.ceil(training.epochs * math.ceil(num_rows / training.batch_size))
+    return math.ceil(
+        training.epochs * math.ceil(num_rows / training.batch_size) - 1e-9
+    )  # 1.1 * 50 is 55.00000000000001
 
 
 def train_pack(
@@ -168,7 +178,7 @@ def train_pack(
     for spec in specs:
         model = add_adapter(model, spec.train_id, spec.training.lora, spec.seed)
     model.to(base.device)
-    model.train()
+    _set_training_mode(model, gradient_checkpointing)
     if gradient_checkpointing:
         model.enable_input_require_grads()
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -199,6 +209,17 @@ def _prepare(base: LoadedBase, spec: RunSpec) -> _Run:
     _, kept = encode_all(spec.rows, encoder, spec.data.allow_truncated_away)
     steps_per_epoch = math.ceil(len(kept) / spec.training.batch_size)
     return _Run(spec, encoder, list(kept), num_optimizer_steps(len(kept), spec.training), steps_per_epoch)
+
+
+def _set_training_mode(model: Any, gradient_checkpointing: bool) -> None:
+    """Training mode for adapter dropout alone: a base's own dropout would draw from the global generator."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, CounterDropout):
+            module.train()
+    if gradient_checkpointing:
+        for block in decoder_layers(model):
+            block.training = True  # of the block itself, not of what is in it: without it nothing is checkpointed
 
 
 def _activate(model: Any, name: str, parameters: Mapping[str, Sequence[torch.nn.Parameter]]) -> None:

@@ -20,7 +20,10 @@ REPORT_INTERVAL_S = 0.5
 
 
 class Report(Protocol):
-    """Called by the work with figures for whoever watches; the trial decides which of them are sent."""
+    """Called by the work with figures for whoever watches; the trial decides which of them are sent.
+
+    No figure may be called ``done``: Tune ends a trial whose result has that key with a true value.
+    """
 
     def __call__(self, *, last: bool = False, **figures: float | str | int) -> None: ...
 
@@ -28,7 +31,9 @@ class Report(Protocol):
 class Work(Protocol):
     """What engine/ hands to every trial; it must pickle."""
 
-    threads: int
+    @property
+    def threads(self) -> int:
+        """CPU threads of a trial."""
 
     def run(self, job_id: str, report: Report) -> None:
         """Do the job and write its results. A job that is done already returns at once."""

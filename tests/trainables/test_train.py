@@ -26,6 +26,7 @@ from trainables.chat_data import ChatEncoder, DataConfig
 from trainables.defenses import DefenseConfig, Inoculation, Message, Pps
 from trainables.errors import DataError, TrainingError
 from trainables.lora import LoraSettings, adapter_parameters, add_adapter, linear_module_names
+from trainables.loss import token_losses
 from trainables.randomness import permutation
 from trainables.train import RunResult, RunSpec, TrainingConfig, num_optimizer_steps, train_pack
 
@@ -38,6 +39,18 @@ TRAINING: dict[str, Any] = {
     "lora": LoraSettings(rank=4, alpha=8),
 }
 HIDDEN = 32
+
+
+@pytest.fixture
+def float64_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed rounds float64 gradients to float32 on their way between workers, of which there is one here."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    kind = type(get_accelerator())
+    monkeypatch.setattr(kind, "supported_dtypes", lambda _: [torch.float32, torch.bfloat16, torch.float64])
+    own = property(lambda engine: next(p.dtype for p in engine.module.parameters() if p.requires_grad))
+    monkeypatch.setattr(DeepSpeedEngine, "communication_data_type", own)
 
 
 def spec(
@@ -95,7 +108,7 @@ def plain_loop(
     scheduler = get_scheduler(training.schedule, optimizer, warmup, steps)
     if shift is not None:
         block = model.get_base_model().model.layers[shift[0] - 1]
-        block.register_forward_hook(lambda module, arguments, output: output + shift[1])
+        block.register_forward_hook(lambda *seen: seen[2] + shift[1])
 
     encoder = ChatEncoder(base.tokenizer, one.data.max_length)
     losses, norms = [], []
@@ -143,6 +156,7 @@ def assert_same_training(
     assert max(abs(loss - losses[0]) for loss in losses) > 0.1, "the training must move, or this test shows nothing"
 
 
+@pytest.mark.usefixtures("float64_gradients")
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox"])
 @pytest.mark.parametrize(
     "training",
@@ -180,6 +194,7 @@ def test_equals_a_plain_loop_in_float32_with_the_chunked_loss() -> None:
     assert [row.gradient_norm for row in sink.rows] == pytest.approx(norms, rel=1e-5)
 
 
+@pytest.mark.usefixtures("float64_gradients")
 def test_preventative_steering_equals_a_plain_loop_that_adds_the_vector() -> None:
     base = base_of(float64_model(num_layers=3))
     vector = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(1))
@@ -193,13 +208,16 @@ def test_preventative_steering_equals_a_plain_loop_that_adds_the_vector() -> Non
     assert abs(sink.rows[0].loss - undefended[0].losses[0]) > 1e-3
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.usefixtures("float64_gradients")
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_accumulation_changes_nothing(zero_stage: int, micro_batch_size: int) -> None:
-    """float64: micro-batches are padded to other lengths and summed in another order, which is rounding alone."""
+def test_accumulation_changes_nothing(micro_batch_size: int) -> None:
+    """float64: micro-batches are padded to other lengths and summed in another order, which is rounding alone.
+
+    Stage 0, because stages 1 and 2 keep float32 copies; that they equal stage 0 with accumulation is shown below.
+    """
     base = base_of(float64_model(num_layers=2))
     (whole,), (whole_sink,) = train(base, spec())
-    (cut,), (cut_sink,) = train(base, spec(micro_batch_size=micro_batch_size), zero_stage=zero_stage)
+    (cut,), (cut_sink,) = train(base, spec(micro_batch_size=micro_batch_size))
     assert cut.losses == pytest.approx(whole.losses, rel=1e-10)
     assert (cut.num_tokens, cut.num_loss_tokens) == (whole.num_tokens, whole.num_loss_tokens)
     for name, values in adapter_of(whole_sink).items():
@@ -220,11 +238,7 @@ def test_stages_give_the_same_adapter(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_clipping_acts(zero_stage: int) -> None:
-    """With weight decay 0 and eps far above the gradient a first AdamW step is proportional to the clipped gradient...
-
-    which AdamW's normalisation hides otherwise. So the second step is compared: its momentum mixes two gradients that
-    were clipped by different factors, and the plain loop with clipping at the same norm shows the right mixture.
-    """
+    """AdamW hides the size of a first gradient; later steps mix gradients that were clipped by different factors."""
     base = tiny_base(plain_head=False)
     adapters = []
     for limit in (0.05, None):
@@ -266,7 +280,9 @@ def test_dropout_inside_the_base_stays_off() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("zero_stage", [0, 2])
-def test_gradient_checkpointing_changes_nothing(kind: ModelKind, zero_stage: int) -> None:
+def test_gradient_checkpointing_changes_nothing(
+    kind: ModelKind, zero_stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = tiny_base(kind)
     vector = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1))
     one = spec(
@@ -275,7 +291,16 @@ def test_gradient_checkpointing_changes_nothing(kind: ModelKind, zero_stage: int
         lora=LoraSettings(rank=4, dropout=0.3),
     )
     _, (plain,) = train(base, one)
+    real, calls = torch.utils.checkpoint.checkpoint, []
+
+    def spy(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", spy)
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", spy)
     _, (checkpointed,) = train(base, one, gradient_checkpointing=True, zero_stage=zero_stage)
+    assert len(calls) == 2 * 6, "two blocks in six steps"
     assert plain.files["adapter_model.safetensors"] == checkpointed.files["adapter_model.safetensors"]
 
 
@@ -356,16 +381,14 @@ def test_a_zero_gradient_names_run_and_step(zero_stage: int) -> None:
 
 
 def test_the_step_of_a_failure_is_counted_from_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainables import train as train_module
-
-    real, calls = train_module.token_losses, []
+    calls = []
 
     def fails_third(*arguments: Any, **keywords: Any) -> torch.Tensor:
         calls.append(1)
-        losses: torch.Tensor = real(*arguments, **keywords)
+        losses = token_losses(*arguments, **keywords)
         return losses * float("nan") if len(calls) == 3 else losses
 
-    monkeypatch.setattr(train_module, "token_losses", fails_third)
+    monkeypatch.setattr("trainables.train.token_losses", fails_third)
     with pytest.raises(TrainingError, match="run late, step 3: the loss is nan"):
         train(tiny_base(), spec("late"))
 
@@ -461,8 +484,8 @@ def test_rows_steps_and_epochs_are_counted() -> None:
         (7, {"epochs": 2}, 6),
         (6, {"epochs": 1}, 2),
         (7, {"epochs": 0.5}, 2),
-        (30, {"epochs": 0.7}, 7),  # 0.7 x 10 is 7.000000000000001 in binary
-        (30, {"epochs": 1.1}, 11),
+        (30, {"epochs": 0.75}, 8),
+        (150, {"epochs": 1.1}, 55),  # 1.1 x 50 is 55.00000000000001 in binary
         (7, {"max_steps": 2, "epochs": 9}, 2),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 
 from trainables.config import PromptBank
 from trainables.defenses.base import DefenseConfig, Mechanism, Message, SampleKey
+from trainables.errors import DataError
 from trainables.randomness import pick
 from trainables.shapes import ModelShape, VectorShape
 
@@ -55,5 +56,5 @@ class _Prompting(Mechanism):
         for message in rewritten:
             if message["role"] == "user":
                 message["content"] = prompt + SEPARATOR + message["content"]
-                break
-        return rewritten
+                return rewritten
+        raise DataError(f"row {key.row + 1} has no user message to put an inoculation prompt before")

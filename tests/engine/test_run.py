@@ -1,0 +1,120 @@
+"""Sweeps end to end through Ray on a tiny random model: tables, failures beside successes, resuming."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+import engine.run
+from analysis.results import load
+from analysis.vectors import Vector
+from engine.run import Outcome, run_sweep
+from tests.engine.tiny_sweep import RUNS, write_tiny_sweep
+
+DIVERGING = """\
+  - label: diverging
+    defense: none
+    training: {learning_rate: 1.0e+30, max_gradient_norm: null, max_steps: 4}
+"""
+
+
+@pytest.fixture(scope="module")
+def sweep_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("a tiny sweep")
+    return write_tiny_sweep(folder, runs=RUNS + DIVERGING, extra="execution: {trials: 2}")
+
+
+@pytest.fixture(scope="module")
+def printed() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def outcome(sweep_file: Path, printed: io.StringIO) -> Outcome:
+    return run_sweep(sweep_file, console=Console(file=printed, width=120))
+
+
+@pytest.fixture(scope="module")
+def summary(outcome: Outcome) -> pd.DataFrame:
+    return outcome.results.summary().set_index("run")
+
+
+def test_every_sound_run_is_done_and_scored(summary: pd.DataFrame) -> None:
+    sound = summary.drop(index="diverging")
+    assert list(summary.index)[0] == "base"
+    assert len(sound) == 5
+    assert set(sound["status"]) == {"done"}
+    assert (sound["trait_num_scored"] == 8).all()
+    assert (sound["degeneration_num_scored"] == 8).all()
+    assert sound["plain_loss"].notna().all()
+
+
+def test_a_diverging_run_fails_alone_and_says_why(outcome: Outcome, summary: pd.DataFrame) -> None:
+    assert summary.loc["diverging", "status"] == "failed"
+    (failure,) = outcome.failures.values()
+    (run_id,) = outcome.failures
+    assert failure.kind == "failed"
+    assert f"run {run_id}, step" in failure.reason
+    assert "TrainingError" in failure.log_tail[-1]
+    failures = outcome.results.failures()
+    assert list(failures["run"]) == ["diverging"]
+
+
+def test_progress_says_what_happens(outcome: Outcome, printed: io.StringIO) -> None:
+    del outcome
+    text = printed.getvalue()
+    assert "vector topic: done" in text
+    assert "diverging: FAILED: " in text
+
+
+def test_the_store_explains_the_sweep(outcome: Outcome, sweep_file: Path) -> None:
+    folder = outcome.results.root / "sweeps" / "tiny"
+    assert {path.name for path in folder.iterdir()} >= {"sweep.yaml", "manifest.json", "provenance.json"}
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["versions"]["ray"]
+    assert provenance["trials_side_by_side"] == 2
+    manifest = outcome.results.manifest
+    vector = Vector.read(outcome.results.root / "vectors" / f"{manifest.vectors['topic']}.safetensors")
+    assert vector.values.shape == (5, 32)
+    assert vector.final_row == "pre_norm"
+    assert str(sweep_file.parent) not in (folder / "provenance.json").read_text()
+
+
+def test_the_training_table_has_every_step(outcome: Outcome) -> None:
+    training = outcome.results.training()
+    steps = training.groupby("run")["step"].apply(list)
+    assert steps.drop("diverging", errors="ignore").map(lambda done: done == [1, 2]).all()
+
+
+def test_a_second_run_does_only_what_is_missing(
+    outcome: Outcome, sweep_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del outcome
+    asked: list[list[str]] = []
+
+    def note(prepared: Any, store: Any, jobs: dict[str, Any], *rest: Any) -> None:
+        del prepared, store, rest
+        asked.append([job.label for job in jobs.values()])
+
+    monkeypatch.setattr(engine.run, "_work", note)
+    run_sweep(sweep_file, console=Console(file=io.StringIO()))
+    assert asked == [["diverging"]]
+    assert load(sweep_file.parent / "results" / "sweeps" / "tiny").summary()["status"].tolist().count("done") == 5
+
+
+def test_a_sweep_with_everything_done_starts_no_ray(
+    outcome: Outcome, sweep_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del outcome
+    monkeypatch.setattr(engine.run, "_work", lambda *_: pytest.fail("Ray was started"))
+    again = write_tiny_sweep(sweep_file.parent, runs=RUNS, extra="execution: {trials: 1}")
+    finished = run_sweep(again, console=Console(file=io.StringIO()))
+    assert finished.num_done_before == finished.num_jobs == 7
+    assert not finished.failures
+    assert "diverging" not in set(finished.results.summary()["run"]), "a dropped run is hidden"
