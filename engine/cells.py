@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.config_faults import Path, nearest, show, validate
 from engine.grid import expand, grid_faults, is_grid
 from engine.merging import Merged, has
-from engine.sweep_models import Cell, OneDefense
-from trainables.config import NamesVector, referenced
-from trainables.defenses import DefenseConfig
+from engine.named import Named, salvaged, vector_names
+from engine.sweep_models import Cell
 from trainables.errors import Fault
 
 SECTIONS = ("base", "data", "training", "evaluation")
 UNLABELLED = "?"  # no block can say this: the label that stands for "none was given"
+
+
+@dataclass(frozen=True)
+class FaultyCell:
+    """A cell that cannot be meant, kept for what it names: other faults are found in that at the same time.
+
+    ``content`` is the cell as JSON without its label: two cells that have it are one and the same.
+    """
+
+    named: Named
+    merged: Merged
+    content: str
+
+
+@dataclass
+class Cells:
+    """The cells of a file: the sound ones with where their parts stand, the faulty ones, and all faults."""
+
+    sound: list[Cell] = field(default_factory=list)
+    merged: list[Merged] = field(default_factory=list)
+    faulty: list[FaultyCell] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
 
 
 class FaultsByBlock:
@@ -47,8 +70,8 @@ def cell_key(merged: Merged, path: Path) -> str:
     return merged.key(path)
 
 
-def build_cells(file: Mapping[str, Any]) -> tuple[list[Cell], list[Merged], list[Fault]]:
-    """The sound cells of ``file`` (block by block, axes varying fastest), where their parts stand, and all faults.
+def build_cells(file: Mapping[str, Any]) -> Cells:
+    """The cells of ``file``, block by block, axes varying fastest.
 
     ``file`` is the plain data of the whole file; a section of another type than a mapping counts as absent, its
     fault is found elsewhere.
@@ -57,21 +80,21 @@ def build_cells(file: Mapping[str, Any]) -> tuple[list[Cell], list[Merged], list
     broken = {name for name in SECTIONS if name in file and name not in sections}
     blocks = file.get("runs")
     vectors = file.get("vectors")
+    known_vectors = vectors if isinstance(vectors, dict) else {}
     # Without usable blocks the sections are still checked, as the undefended run would use them.
     listed = enumerate(blocks) if isinstance(blocks, list) else ()
     usable = [(number, block) for number, block in listed if isinstance(block, dict)]
     usable = usable or [(0, {"defense": "none"})]
-    axes, faults = _axes(file.get("axes"))
+    axes, axes_faults = _axes(file.get("axes"))
+    cells = Cells(faults=axes_faults)
+    lost_axes = {fault.key.removeprefix("axes.") for fault in axes_faults}
     found = FaultsByBlock()
-    cells: list[Cell] = []
-    origins: list[Merged] = []
     for number, block in usable:
         here = f"runs[{number}]"
-        wrong = grid_faults(block, here)
-        if wrong:
-            faults += wrong
-            continue
-        faults += [
+        cells.faults += grid_faults(block, here)
+        lost: list[str] = [*lost_axes, *(f"{here}.{axis}" for axis in lost_axes)]
+        block = _without_faulty_grids(block, here, lost)
+        cells.faults += [
             Fault(f"{here}.{axis}", f"is also an axis; say it in one place, here or in axes.{axis}")
             for axis in axes
             if any(has(cell, axis) for cell in expand(block))
@@ -86,13 +109,50 @@ def build_cells(file: Mapping[str, Any]) -> tuple[list[Cell], list[Merged], list
                 for axis, value in choice.items():
                     refusal = merged.put(axis, value, "axes")
                     if refusal is not None:
-                        faults.append(Fault(f"axes.{axis}", f"cannot be set in {here}: {refusal}"))
-                cell, cell_faults = _cell(merged, vectors if isinstance(vectors, dict) else {})
-                found.add((fault for fault in cell_faults if fault.key.partition(".")[0] not in broken), number)
-                if cell is not None:
-                    cells.append(cell)
-                    origins.append(merged)
-    return cells, origins, faults + found.all()
+                        cells.faults.append(Fault(f"axes.{axis}", f"cannot be set in {here}: {refusal}"))
+                raw, faults = _normal(merged)
+                cell, cell_faults = _cell(raw, merged, known_vectors)
+                faults += cell_faults
+                # That something is missing where a faulty grid was left out follows from that.
+                found.add(
+                    (
+                        fault
+                        for fault in faults
+                        if fault.key.partition(".")[0] not in broken and not _is_below(fault.key, lost)
+                    ),
+                    number,
+                )
+                if cell is not None and not faults and len(lost) == 2 * len(lost_axes):
+                    cells.sound.append(cell)
+                    cells.merged.append(merged)
+                else:
+                    content = {name: value for name, value in raw.items() if name != "label"} | {"lost": lost}
+                    text = json.dumps(content, sort_keys=True)
+                    cells.faulty.append(FaultyCell(salvaged(raw), merged, text))
+    cells.faults += found.all()
+    return cells
+
+
+def _without_faulty_grids(value: Any, key: str, lost: list[str]) -> Any:
+    """``value`` less its faulty grids, whose places are added to ``lost``; ``key`` names it, as in ``grid_faults``."""
+    if isinstance(value, dict):
+        prefix = f"{key}." if key else ""
+        items = [(name, item, f"{prefix}{name}") for name, item in value.items()]
+    elif isinstance(value, list):
+        items = [(index, item, f"{key}[{index}]") for index, item in enumerate(value)]
+    else:
+        return value
+    kept = {}
+    for name, item, place in items:
+        if is_grid(item) and grid_faults(item):
+            lost.append(place)
+        else:
+            kept[name] = _without_faulty_grids(item, place, lost)
+    return kept if isinstance(value, dict) else list(kept.values())
+
+
+def _is_below(key: str, places: Iterable[str]) -> bool:
+    return any(key == place or key.startswith((f"{place}.", f"{place}[")) for place in places)
 
 
 def _is_list(value: object) -> bool:
@@ -119,7 +179,8 @@ def _axes(axes: object) -> tuple[dict[str, Any], list[Fault]]:
     return sound, faults
 
 
-def _cell(merged: Merged, vectors: Mapping[str, Any]) -> tuple[Cell | None, list[Fault]]:
+def _normal(merged: Merged) -> tuple[dict[str, Any], list[Fault]]:
+    """A cell's plain data with a label and with ``defense`` as a list, and what is wrong with these two as a whole."""
     raw = {"label": UNLABELLED, **merged.data}
     faults: list[Fault] = []
     label = merged.data.get("label")
@@ -137,27 +198,15 @@ def _cell(merged: Merged, vectors: Mapping[str, Any]) -> tuple[Cell | None, list
         message = f"must be none, one item such as {{kind: ...}}, or a list of items; got {show(items)}"
         faults.append(Fault(cell_key(merged, ("defense",)), message))
         raw["defense"] = []
-    cell, cell_faults = validate(Cell, raw, lambda path: cell_key(merged, path))
-    faults += cell_faults
-    for index, item in enumerate(raw["defense"]):
-        sound = cell.defense[index] if cell is not None else _item(item)
-        if sound is not None:
-            faults += [
-                Fault(cell_key(merged, ("defense", index, name)), f"no vector {show(used)}; {nearest(used, vectors)}")
-                for name, value in referenced(sound, NamesVector).items()
-                for used in _names(value)
-                if used not in vectors
-            ]
-    return (None if faults else cell), faults
+    return raw, faults
 
 
-def _item(item: object) -> DefenseConfig | None:
-    """One item of a defense in a cell that has faults: they are reported already, its own names not yet."""
-    one, _ = validate(OneDefense, {"item": item})
-    return one.item if one is not None else None
-
-
-def _names(value: object) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    return [name for name in value if isinstance(name, str)] if isinstance(value, list | tuple) else []
+def _cell(raw: Mapping[str, Any], merged: Merged, vectors: Mapping[str, Any]) -> tuple[Cell | None, list[Fault]]:
+    cell, faults = validate(Cell, raw, lambda path: cell_key(merged, path))
+    faults += [
+        Fault(cell_key(merged, ("defense", index, name)), f"no vector {show(used)}; {nearest(used, vectors)}")
+        for index, item in enumerate(raw["defense"])
+        for name, used in vector_names(item).items()
+        if used and used not in vectors
+    ]
+    return cell, faults

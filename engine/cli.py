@@ -25,6 +25,7 @@ OverridesArgument = Annotated[
 ]
 
 PARTIAL_SUCCESS = 3
+INTERRUPTED = 130
 
 
 @app.command()
@@ -44,7 +45,11 @@ def run(
     from engine.show import failures_table, summary_table
 
     console = Console()
-    outcome = run_sweep(file, overrides or [], console=console, address=address)
+    try:
+        outcome = run_sweep(file, overrides or [], console=console, address=address)
+    except KeyboardInterrupt:
+        console.print("Stopped. What is finished is kept; run the same command again to go on.", style="yellow")
+        raise typer.Exit(INTERRUPTED) from None
     if outcome.num_done_before:
         console.print(f"{outcome.num_done_before} of {outcome.num_jobs} jobs were done before.", highlight=False)
     console.print(summary_table(outcome.results))
@@ -98,9 +103,7 @@ def main() -> None:
     except ShiftgradError as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped. What is finished is kept; run the same command again to go on.")
-        sys.exit(130)
+
 
 if __name__ == "__main__":
     main()

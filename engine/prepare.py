@@ -127,9 +127,7 @@ def prepare(path: str | Path, overrides: Sequence[str], machine: Machine) -> Pre
     )
 
 
-def _check_cell(
-    sweep: Sweep, index: int, cell: Cell, sources: Sources, vectors: VectorTasks
-) -> _SoundCell | None:
+def _check_cell(sweep: Sweep, index: int, cell: Cell, sources: Sources, vectors: VectorTasks) -> _SoundCell | None:
     base = sources.base(cell.base, sweep.key(index, "base"))
     train_key = sweep.key(index, "data", "train")
     train = cell.data.train
@@ -293,9 +291,7 @@ class _Graph:
             id=task_id(LossTask.identity(run_id, content, max_length)), content=content, max_length=max_length
         )
 
-    def _evaluate(
-        self, sound: _SoundCell, run_id: str, label: str, kind: Any, config: dict[str, Scalar]
-    ) -> RunEntry:
+    def _evaluate(self, sound: _SoundCell, run_id: str, label: str, kind: Any, config: dict[str, Scalar]) -> RunEntry:
         sample = self._sample(run_id, sound.evaluation)
         judge_ids = {}
         for name, metric in sound.evaluation.metrics.items():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import logging
-import os
 import platform
 import subprocess
 import sys
@@ -23,13 +21,13 @@ from engine.judge_pool import JudgePool
 from engine.machine import read_machine
 from engine.prepare import Prepared, prepare
 from engine.progress import ProgressView, make_progress
+from engine.ray_session import RaySession
 from engine.scheduler import Placement, run_graph
 from engine.store import Store
 from engine.tasks import Job, JudgeTask, RunJob
 from engine.work import SweepWork, versions
 
 LOG_TAIL_LINES = 15
-OBJECT_STORE_BYTES = 200 * 10**6  # only ids, configs and vectors pass through it
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,12 @@ def run_sweep(
     anything starts if the file cannot be meant. A failed run never stops the others: it is in ``Outcome.failures``.
     """
     console = console or Console()
-    prepared = prepare(path, overrides, read_machine())
+    with RaySession(address) as session:
+        return _run_sweep(path, overrides, console, session)
+
+
+def _run_sweep(path: str | Path, overrides: Sequence[str], console: Console, session: RaySession) -> Outcome:
+    prepared = prepare(path, overrides, read_machine(session.cluster_resources()))
     store = Store.open(prepared.sweep.results, create=True)
     write_sweep(prepared, store)
     jobs = pending_jobs(prepared, store)
@@ -112,7 +115,8 @@ def run_sweep(
     view = make_progress(console)
     watcher = _Watcher(prepared, store, view)
     if jobs or unjudged:
-        _work(prepared, store, jobs, unjudged, watcher, address)
+        session.start(prepared.sweep.execution.cpus_per_trial)
+        _work(prepared, store, jobs, unjudged, watcher)
     store.publish_json(
         failures_key(prepared.sweep.name),
         {task_id: failure.model_dump(mode="json") for task_id, failure in watcher.failures.items()},
@@ -127,11 +131,7 @@ def run_sweep(
 
 def pending_jobs(prepared: Prepared, store: Store) -> dict[str, Job]:
     """Jobs with an output that is not in the store, in order."""
-    return {
-        job_id: job
-        for job_id, job in prepared.jobs.items()
-        if not all(store.exists(key) for key in job.outputs())
-    }
+    return {job_id: job for job_id, job in prepared.jobs.items() if not all(store.exists(key) for key in job.outputs())}
 
 
 def pending_judge_tasks(prepared: Prepared, store: Store) -> dict[str, JudgeTask]:
@@ -190,14 +190,10 @@ def _work(
     jobs: Mapping[str, Job],
     unjudged: Mapping[str, JudgeTask],
     watcher: _Watcher,
-    address: str | None,
 ) -> None:
-    """Start Ray, do the jobs, judge, stop Ray."""
-    import ray
-
+    """Do the jobs and judge their answers on the Ray that is running."""
     execution = prepared.sweep.execution
     memory_gb = execution.memory_gb_per_trial
-    _start_ray(address, execution.cpus_per_trial)
     watcher.view.start(len(jobs))
     try:
         watcher.pool = JudgePool(store, unjudged, watcher.judging_failed)
@@ -226,33 +222,3 @@ def _work(
         watcher.pool.wait()
     finally:
         watcher.view.stop()
-        ray.shutdown()
-
-
-def _start_ray(address: str | None, threads: int) -> None:
-    """A Ray of our own on this machine (never one that happens to run here), or the cluster at ``address``."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the store has the tables
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends here, not in a second of Tune's own rituals
-    import ray
-
-    worker_environment = {
-        "OMP_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    if address is not None:
-        ray.init(address=address, runtime_env={"env_vars": worker_environment}, log_to_driver=False)
-        return
-    machine = read_machine()
-    ray.init(
-        address="local",
-        num_cpus=machine.num_cpus,
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        runtime_env={"env_vars": worker_environment},
-    )

@@ -10,8 +10,11 @@ import tempfile
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+import ray
+import ray.cloudpickle
 from ray import tune
 from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.experiment import Trial
@@ -141,14 +144,24 @@ class _Callback(_StaysInDriver, tune.Callback):
 
 def _error_text(trial: Trial) -> str:
     """One line that says why a trial failed for good."""
-    error = trial.get_pickled_error()
+    error = _last_error(trial)
     if isinstance(error, RayTaskError):
         error = error.cause if isinstance(error.cause, BaseException) else error
         return "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
     if isinstance(error, RayActorError):
-        return f"the trial's process died (killed, out of memory or a crash), {trial.num_failures} times"
-    lines = [line.strip() for line in str(error or trial.get_error() or "").splitlines() if line.strip()]
-    return lines[-1] if lines else "the trial failed without a message"
+        times = trial.run_metadata.num_failures
+        return f"the trial's process died {times} time{'s' if times != 1 else ''} (killed, out of memory or a crash)"
+    return str(error) if error is not None else "the trial failed without a message"
+
+
+def _last_error(trial: Trial) -> BaseException | None:
+    """The error of the last attempt, from Tune's staging folder: its storage may not have it yet."""
+    path = trial.pickled_error_file
+    if path is None or not Path(path).exists():
+        return None
+    error = ray.cloudpickle.loads(Path(path).read_bytes())
+    assert isinstance(error, BaseException)
+    return error
 
 
 def run_graph(jobs: Mapping[str, Job], work: Work, placement: Placement, watcher: Watcher) -> None:

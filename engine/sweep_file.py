@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.cells import SECTIONS, UNLABELLED, build_cells, cell_key
+from engine.cells import SECTIONS, UNLABELLED, FaultyCell, build_cells, cell_key
 from engine.config_faults import nearest, show, validate
 from engine.grid import is_grid
 from engine.labels import unique_labels
 from engine.merging import Merged
+from engine.named import without_faults
 from engine.overrides import apply_overrides
 from engine.sweep_models import (
     Cell,
@@ -64,6 +65,7 @@ class Sweep:
     execution: ExecutionConfig
     raw: dict[str, Any]
     merged: tuple[Merged, ...] = field(repr=False, compare=False)  # per cell: where its parts stand in the file
+    faulty: tuple[FaultyCell, ...] = field(default=(), repr=False, compare=False)  # empty in a sweep without faults
 
     def key(self, cell: int, *path: str | int) -> str:
         """Where ``path`` of ``cells[cell]`` stands in the file: ``key(3, "defense", 0, "layer")`` may be
@@ -85,7 +87,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
 def check_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep | None, list[Fault]]:
     """Like ``load_sweep`` for a caller with checks of its own to add before it complains.
 
-    The sweep is None if the text is no sweep at all; beside faults it holds the vectors and cells that are sound.
+    The sweep is None if the text is no sweep at all; beside faults it holds the vectors and cells that are sound, and
+    what can be looked up of the faulty cells.
     """
     path = Path(path)
     raw, faults = _read(path)
@@ -99,8 +102,9 @@ def check_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep 
     faults += frame_faults
     misplaced = _misplaced_grids(known)
     faults += _random_like_faults(_mapping(file, "vectors"))
-    cells, merged, cell_faults = build_cells(file)
-    faults += cell_faults
+    built = build_cells(file)
+    cells = built.sound
+    faults += built.faults
     # What else is wrong with a value that is a misplaced grid follows from that.
     keys = tuple(fault.key for fault in misplaced)
     faults = misplaced + [
@@ -113,12 +117,13 @@ def check_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep 
     sweep = Sweep(
         name=frame.name if frame else show(file.get("name")),
         path=path,
-        results=frame.results if frame else str(file.get("results")),
+        results=frame.results if frame else _results(file),
         vectors=dict(frame.vectors) if frame else _sound_vectors(file),
         cells=tuple(cell.model_copy(update={"label": text}) for cell, text in zip(cells, labels, strict=True)),
-        execution=frame.execution if frame else ExecutionConfig(),
+        execution=frame.execution if frame else _execution(file),
         raw=raw,
-        merged=tuple(merged),
+        merged=tuple(built.merged),
+        faulty=tuple(built.faulty),
     )
     return sweep, list(dict.fromkeys(faults))
 
@@ -192,6 +197,15 @@ def _random_like_faults(vectors: Mapping[str, Any]) -> list[Fault]:
             message = f"no vector {show(like[name])}; {nearest(like[name], others)}"
             faults.append(Fault(f"vectors.{name}.random_like", message))
     return faults
+
+
+def _results(file: Mapping[str, Any]) -> str:
+    given = file.get("results")
+    return given if isinstance(given, str) and given else str(SweepFile.model_fields["results"].default)
+
+
+def _execution(file: Mapping[str, Any]) -> ExecutionConfig:
+    return without_faults(ExecutionConfig, _mapping(file, "execution")) or ExecutionConfig()
 
 
 def _sound_vectors(file: Mapping[str, Any]) -> dict[str, VectorConfig]:

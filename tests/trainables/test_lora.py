@@ -61,10 +61,8 @@ def test_initial_values_depend_on_seed_and_module_alone(kind: ModelKind) -> None
             assert not torch.equal(value, other[key])
         else:
             assert not value.any(), "B starts at zero"
-    shapes: dict[torch.Size, torch.Tensor] = {}
-    for key, value in first.items():
-        if "lora_A" in key:
-            assert not torch.equal(shapes.setdefault(value.shape, value * 2), value), "modules differ from each other"
+    starts = [tuple(value.flatten()[:4].tolist()) for key, value in first.items() if "lora_A" in key]
+    assert len(set(starts)) == len(starts), "modules differ from each other"
 
 
 def test_initial_values_have_the_bounds_of_kaiming() -> None:

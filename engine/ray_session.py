@@ -1,0 +1,81 @@
+"""The Ray that a sweep runs on: one of our own on this machine, a cluster, or the one that the caller has started."""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import TracebackType
+
+from engine.machine import read_machine
+
+OBJECT_STORE_BYTES = 200 * 10**6  # only ids, configs and small rows pass through it
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the store has the tables
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep at once, not after Tune has saved its own state
+}
+
+
+class RaySession:
+    """A context: ``start`` makes Ray ready when it is first needed, leaving shuts down what was started here.
+
+    ``address``: a running cluster, joined at once, because what it offers decides what can be planned. Ray that the
+    caller has initialised is used as it is and left running. Otherwise Ray starts on this machine, never joining
+    another one that happens to run here.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        self.address = address
+        self._ours = False
+
+    def __enter__(self) -> RaySession:
+        if self.address is not None:
+            self.start(threads=1)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._ours:
+            import ray
+
+            ray.shutdown()
+
+    def cluster_resources(self) -> dict[str, float] | None:
+        """What the joined cluster offers; None for this machine."""
+        if self.address is None:
+            return None
+        import ray
+
+        resources: dict[str, float] = ray.cluster_resources()
+        return resources
+
+    def start(self, threads: int) -> None:
+        """Make Ray ready for trials of ``threads`` threads; doing it twice does nothing."""
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        import ray
+
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what fails is reported by us, in one line
+        if ray.is_initialized():
+            return
+        environment = {
+            "OMP_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
+        self._ours = True
+        if self.address is not None:
+            ray.init(address=self.address, runtime_env={"env_vars": environment}, log_to_driver=False)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=read_machine().num_cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                runtime_env={"env_vars": environment},
+            )

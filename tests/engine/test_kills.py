@@ -1,0 +1,175 @@
+"""Kills at exact instants: the next invocation completes the sweep and the results are those of an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+from analysis.results import Results, load
+from tests.engine.tiny_sweep import write_tiny_sweep
+from trainables.failpoints import ENVIRONMENT_VARIABLE
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+PROJECT = Path(__file__).resolve().parents[2]
+RUNS = "  - defense: {kind: pps, vector: topic, layer: 2, coefficient: 1.5}\n"
+EXECUTION = "execution: {trials: 1, max_retries: 0}"
+TIMINGS = ["seconds", "seconds_training", "started_utc", "finished_utc"]
+
+IN_A_TRIAL = [
+    "before_publish:vectors",
+    "after_publish:vectors",
+    "after_step:1",
+    "before_publish:adapter",
+    "after_publish:adapter",
+    "after_publish:training",
+    "before_publish:run",
+    "after_publish:run",
+    "before_publish:generations",
+    "after_publish:generations",
+    "after_publish:losses",
+]
+IN_A_JUDGE = ["before_publish:scores", "after_publish:scores"]
+IN_THE_DRIVER = ["before_publish:sweeps", "after_publish:sweeps"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kills")
+    write_tiny_sweep(folder, runs=RUNS, extra=EXECUTION)
+    return folder
+
+
+def start(folder: Path, store: Path, fail_at: str | None = None) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != ENVIRONMENT_VARIABLE}
+    if fail_at is not None:
+        environment[ENVIRONMENT_VARIABLE] = fail_at
+    return subprocess.Popen(
+        [sys.executable, "-m", "engine.cli", "run", str(folder / "sweep.yaml"), f"results={store}"],
+        cwd=PROJECT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def trials_of(driver: int) -> list[psutil.Process]:
+    """Processes of Ray below ``driver`` that are doing a trial right now."""
+    trials = []
+    for child in psutil.Process(driver).children(recursive=True):
+        with suppress(psutil.Error):  # processes come and go while they are looked at
+            if "ImplicitFunc.train" in " ".join(child.cmdline()):
+                trials.append(child)
+    return trials
+
+
+def run_to_end(folder: Path, store: Path, fail_at: str | None = None) -> tuple[int, str]:
+    process = start(folder, store, fail_at)
+    printed, _ = process.communicate(timeout=300)
+    return process.returncode, printed
+
+
+def results_of(store: Path) -> Results:
+    return load(store / "sweeps" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Results:
+    code, printed = run_to_end(folder, folder / "undisturbed")
+    assert code == 0, printed
+    return results_of(folder / "undisturbed")
+
+
+def adapter_bytes(results: Results) -> list[bytes]:
+    runs = [entry.run_id for entry in results.manifest.runs if entry.kind == "run"]
+    return [(results.root / "runs" / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in runs]
+
+
+def assert_same_results(found: Results, wanted: Results) -> None:
+    assert adapter_bytes(found) == adapter_bytes(wanted)
+    for name in ("training", "generations", "scores", "losses", "summary"):
+        one, other = (results.table(name).drop(columns=TIMINGS, errors="ignore") for results in (found, wanted))
+        pd.testing.assert_frame_equal(one, other)
+
+
+@pytest.mark.parametrize("failpoint", IN_A_TRIAL + IN_A_JUDGE + IN_THE_DRIVER)
+def test_a_kill_at_a_failpoint_loses_nothing_but_time(folder: Path, undisturbed: Results, failpoint: str) -> None:
+    store = folder / failpoint.replace(":", "-")
+    code, printed = run_to_end(folder, store, failpoint)
+    # partial success where a worker died, SIGKILL where the driver did; never a success that is none
+    assert code == (-signal.SIGKILL if failpoint in IN_THE_DRIVER else 3), printed
+    code, printed = run_to_end(folder, store)
+    assert code == 0, printed
+    assert_same_results(results_of(store), undisturbed)
+    shutil.rmtree(store)
+
+
+def test_a_trial_that_is_killed_is_reported_and_done_by_the_next_invocation(folder: Path, undisturbed: Results) -> None:
+    store = folder / "one kill"
+    process = start(folder, store)
+    killed = False
+    deadline = time.monotonic() + 200
+    while process.poll() is None and not killed and time.monotonic() < deadline:
+        for child in trials_of(process.pid) if (store / "runs").exists() else []:
+            child.kill()
+            killed = True
+        time.sleep(0.05)
+    printed, _ = process.communicate(timeout=300)
+    assert killed
+    assert process.returncode == 3, "max_retries is 0: the job that ran is reported as failed"
+    assert "process died" in printed
+    code, printed = run_to_end(folder, store)
+    assert code == 0, printed
+    assert_same_results(results_of(store), undisturbed)
+
+
+def test_sigkill_of_the_driver_leaves_no_process_and_loses_nothing(folder: Path, undisturbed: Results) -> None:
+    store = folder / "driver kill"
+    process = start(folder, store)
+    children: list[psutil.Process] = []
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        children = psutil.Process(process.pid).children(recursive=True)
+        if any((store / "runs").glob("*/log.txt")):
+            break
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=60)
+    assert children, "Ray had started"
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive, "no process outlives its driver"
+    code, printed = run_to_end(folder, store)
+    assert code == 0, printed
+    assert_same_results(results_of(store), undisturbed)
+
+
+def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(folder: Path, undisturbed: Results) -> None:
+    store = folder / "ctrl c"
+    process = start(folder, store)
+    deadline = time.monotonic() + 200
+    children: list[psutil.Process] = []
+    while process.poll() is None and time.monotonic() < deadline:
+        children = psutil.Process(process.pid).children(recursive=True)
+        if any((store / "runs").glob("*/log.txt")):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, printed
+    assert "run the same command again" in printed
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    code, printed = run_to_end(folder, store)
+    assert code == 0, printed
+    assert_same_results(results_of(store), undisturbed)
