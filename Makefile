@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: help install quickstart test test-all check format experiments clean
+.PHONY: help install quickstart test test-all check format clean
 
 help:
 	@echo "make quickstart   train, sample, score and table four finetunings of a real model (15 minutes on 2 cores)"

@@ -29,6 +29,10 @@ class FaultyCell:
     merged: Merged
     content: str
 
+    def key(self, *path: str | int) -> str:
+        """Where ``path`` of the cell stands in the file."""
+        return cell_key(self.merged, path)
+
 
 @dataclass
 class Cells:
@@ -92,8 +96,9 @@ def build_cells(file: Mapping[str, Any]) -> Cells:
     for number, block in usable:
         here = f"runs[{number}]"
         cells.faults += grid_faults(block, here)
-        lost: list[str] = [*lost_axes, *(f"{here}.{axis}" for axis in lost_axes)]
+        lost: list[str] = []
         block = _without_faulty_grids(block, here, lost)
+        gaps = [*lost, *lost_axes, *(f"{here}.{axis}" for axis in lost_axes)]
         cells.faults += [
             Fault(f"{here}.{axis}", f"is also an axis; say it in one place, here or in axes.{axis}")
             for axis in axes
@@ -113,16 +118,10 @@ def build_cells(file: Mapping[str, Any]) -> Cells:
                 raw, faults = _normal(merged)
                 cell, cell_faults = _cell(raw, merged, known_vectors)
                 faults += cell_faults
-                # That something is missing where a faulty grid was left out follows from that.
-                found.add(
-                    (
-                        fault
-                        for fault in faults
-                        if fault.key.partition(".")[0] not in broken and not _is_below(fault.key, lost)
-                    ),
-                    number,
-                )
-                if cell is not None and not faults and len(lost) == 2 * len(lost_axes):
+                # What is missing where a faulty grid or section was left out follows from that.
+                news = [fault for fault in faults if not _is_below(fault.key, [*gaps, *broken])]
+                found.add(news, number)
+                if cell is not None and not faults and not lost:
                     cells.sound.append(cell)
                     cells.merged.append(merged)
                 else:
@@ -135,6 +134,9 @@ def build_cells(file: Mapping[str, Any]) -> Cells:
 
 def _without_faulty_grids(value: Any, key: str, lost: list[str]) -> Any:
     """``value`` less its faulty grids, whose places are added to ``lost``; ``key`` names it, as in ``grid_faults``."""
+    if is_grid(value) and grid_faults(value):  # a whole block
+        lost.append(key)
+        return {}
     if isinstance(value, dict):
         prefix = f"{key}." if key else ""
         items = [(name, item, f"{prefix}{name}") for name, item in value.items()]

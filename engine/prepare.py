@@ -1,49 +1,37 @@
 """From a sweep file to the work that it means: all it names is found and checked, every task gets its identity.
 
-The store is not touched. What is cheap is checked first (files, names, layers, resources); where that is sound, every
-row of every data set is made into tokens and its response mask proved, which is also where ``plan`` has its token
-counts from. All faults of a stage are reported at once.
+The store is not touched. What is cheap is checked first (files, names, layers, identities, resources); where that is
+sound, every row of every data set is made into tokens and its response mask proved, which is also where ``plan`` has
+its token counts from. All faults of a stage are reported at once.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from analysis.judges import BaseMetric, DegenerationMetric, MetricConfig, NamesTrait
+from analysis.judges import MetricConfig
 from analysis.manifest import Manifest, RunEntry, Scalar
-from analysis.summary import repeated_columns
-from analysis.traits import Trait
+from engine.lookup import Found, look_up, vector_names
 from engine.machine import Machine, gpus_per_trial, num_trials, resource_faults
+from engine.named import named
 from engine.sources import Sources
 from engine.store import Store
-from engine.sweep_file import Cell, EvaluationConfig, Sweep, check_sweep
-from engine.tasks import (
-    Job,
-    JudgeTask,
-    LossTask,
-    QuestionText,
-    RunJob,
-    SampleTask,
-    TrainTask,
-    base_run_id,
-    resolved_defense,
-    task_id,
-)
+from engine.sweep_file import Cell, Sweep, check_sweep
+from engine.tasks import Job, JudgeTask, LossTask, RunJob, SampleTask, TrainTask, base_run_id, resolved_defense, task_id
 from engine.vector_tasks import VectorTasks
 from trainables.base_model import ResolvedBase, load_tokenizer
 from trainables.chat_data import ChatEncoder, encode_all
-from trainables.config import NamesPrompts, NamesVector, referenced
-from trainables.defenses import defense_faults, defense_label
+from trainables.defenses import defense_label
 from trainables.errors import ConfigError, DataError, Fault
 from trainables.sample import SamplingConfig
-from trainables.shapes import ModelShape
 from trainables.train import num_optimizer_steps
 
-DEGENERATION = "degeneration"
+BASE = "base"  # label of the untrained base
 
 
 @dataclass(frozen=True)
@@ -72,25 +60,17 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class _Evaluation:
-    """An evaluation with its texts."""
-
-    questions: tuple[QuestionText, ...]
-    sampling: SamplingConfig
-    metrics: Mapping[str, MetricConfig]
-    plain_answers: str  # content
-
-
-@dataclass(frozen=True)
 class _SoundCell:
     """A cell in which everything was found."""
 
     index: int
     cell: Cell
-    base: ResolvedBase
-    train_content: str
-    prompts: Mapping[str, tuple[str, ...]]
-    evaluation: _Evaluation
+    found: Found
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        evaluation = self.cell.evaluation
+        return SamplingConfig(**{name: getattr(evaluation, name) for name in SamplingConfig.model_fields})
 
 
 def prepare(path: str | Path, overrides: Sequence[str], machine: Machine) -> Prepared:
@@ -104,13 +84,10 @@ def prepare(path: str | Path, overrides: Sequence[str], machine: Machine) -> Pre
     gpus = gpus_per_trial(execution, machine)
     sources = Sources(sweep.path.parent, cuda=gpus > 0, faults=faults)
     vectors = VectorTasks(sweep.vectors, sources)
-    sound = [_check_cell(sweep, index, cell, sources, vectors) for index, cell in enumerate(sweep.cells)]
+    graph = _Graph(sweep, sources, vectors)
+    _look_up_all(sweep, sources, vectors, graph)
     if faults:
         raise ConfigError(faults)
-    graph = _Graph(sweep, sources, vectors)
-    for entry in sound:
-        assert entry is not None, "a cell without a fault is sound"
-        graph.add(entry)
     graph.prove_rows()
     if faults:
         raise ConfigError(faults)
@@ -127,101 +104,36 @@ def prepare(path: str | Path, overrides: Sequence[str], machine: Machine) -> Pre
     )
 
 
-def _check_cell(sweep: Sweep, index: int, cell: Cell, sources: Sources, vectors: VectorTasks) -> _SoundCell | None:
-    base = sources.base(cell.base, sweep.key(index, "base"))
-    train_key = sweep.key(index, "data", "train")
-    train = cell.data.train
-    content = sources.chat_file(train, train_key) if isinstance(train, str) else sources.hub(train, train_key)
-    prompts = _prompt_banks(sweep, index, cell, sources)
-    evaluation = _evaluation(sweep, index, cell.evaluation, sources)
-    if base is not None:
-        _check_defense(sweep, index, cell, base, sources, vectors)
-    if base is None or content is None or evaluation is None:
-        return None
-    return _SoundCell(index, cell, base[0], content, prompts, evaluation)
+def _look_up_all(sweep: Sweep, sources: Sources, vectors: VectorTasks, graph: _Graph) -> None:
+    """Look up all cells and put those in which everything was found into the graph."""
+    seen: dict[str, str] = {}  # what cannot be in the graph, as JSON -> what it is called
+
+    def note_twin(content: str, name: str) -> None:
+        if content in seen:
+            message = f"two cells are the same: {seen[content]} and {name}; let them differ or remove one"
+            sources.faults.append(Fault("runs", message))
+        seen.setdefault(content, name)
+
+    for index, cell in enumerate(sweep.cells):
+        if cell.label == BASE or cell.label.startswith(f"{BASE} #"):
+            message = f"{cell.label!r} is what the untrained base is called; choose another label"
+            sources.faults.append(Fault(sweep.key(index, "label"), message))
+
+        def key(*path: str | int, index: int = index) -> str:
+            return sweep.key(index, *path)
+
+        found = look_up(named(cell), key, sources, vectors)
+        if found is not None:
+            graph.add(_SoundCell(index, cell, found))
+        else:
+            note_twin(cell.model_dump_json(exclude={"label"}), repr(cell.label))
+    for faulty in sweep.faulty:
+        look_up(faulty.named, faulty.key, sources, vectors)
+        note_twin(faulty.content, faulty.merged.key(()))
 
 
-def _prompt_banks(sweep: Sweep, index: int, cell: Cell, sources: Sources) -> dict[str, tuple[str, ...]]:
-    banks: dict[str, tuple[str, ...]] = {}
-    for position, item in enumerate(cell.defense):
-        for field, bank in referenced(item, NamesPrompts).items():
-            if not isinstance(bank, str):
-                continue
-            key = sweep.key(index, "defense", position, field)
-            trait = sources.trait(bank, key)
-            if trait is not None and not trait[0].inoculation_prompts:
-                sources.faults.append(Fault(key, f"trait {bank!r} has no inoculation_prompts"))
-            elif trait is not None:
-                banks[bank] = trait[0].inoculation_prompts
-    return banks
-
-
-def _vector_names(cell: Cell) -> list[str]:
-    return [str(name) for item in cell.defense for name in referenced(item, NamesVector).values()]
-
-
-def _check_defense(
-    sweep: Sweep,
-    index: int,
-    cell: Cell,
-    base: tuple[ResolvedBase, ModelShape],
-    sources: Sources,
-    vectors: VectorTasks,
-) -> None:
-    resolved, model = base
-    shapes = {name: shape for name in _vector_names(cell) if (shape := vectors.shape(name, resolved, model))}
-    for position, field, message in defense_faults(cell.defense, model, shapes):
-        sources.faults.append(Fault(sweep.key(index, "defense", position, field), message))
-
-
-def _evaluation(sweep: Sweep, index: int, config: EvaluationConfig, sources: Sources) -> _Evaluation | None:
-    key = sweep.key(index, "evaluation", "questions")
-    found = sources.trait(config.questions, key)
-    if found is None:
-        return None
-    trait, _ = found
-    if config.plain_answers is not None:
-        content = sources.chat_file(config.plain_answers, sweep.key(index, "evaluation", "plain_answers"))
-    elif trait.plain_answers is not None:
-        content = sources.chat_path(trait.path_of(trait.plain_answers), key)
-    else:
-        message = f"trait {config.questions!r} has no plain_answers; give evaluation.plain_answers"
-        sources.faults.append(Fault(key, message))
-        return None
-    metrics: dict[str, MetricConfig] = {}
-    for name, metric in config.metrics.items():
-        resolved = _metric(metric, sweep.key(index, "evaluation", "metrics", name), sources)
-        if resolved is not None:
-            metrics[name] = resolved
-    metrics.setdefault(DEGENERATION, DegenerationMetric())  # a broken model must not look defended
-    for column in repeated_columns(tuple(metrics)):
-        message = f"the summary would have two columns {column!r}; rename one"
-        sources.faults.append(Fault(sweep.key(index, "evaluation", "metrics"), message))
-    if content is None or len(metrics) < len(config.metrics):
-        return None
-    return _Evaluation(
-        questions=tuple(QuestionText(id=question.id, text=question.question) for question in trait.questions),
-        sampling=SamplingConfig(**{name: getattr(config, name) for name in SamplingConfig.model_fields}),
-        metrics=metrics,
-        plain_answers=content,
-    )
-
-
-def _metric(metric: MetricConfig, key: str, sources: Sources) -> MetricConfig | None:
-    assert isinstance(metric, BaseMetric)
-    named: dict[str, Trait] = {}
-    for field, name in referenced(metric, NamesTrait).items():
-        if name is None:
-            continue
-        found = sources.trait(str(name), f"{key}.{field}")
-        if found is None:
-            return None
-        named[str(name)] = found[0]
-    try:
-        return metric.resolved(named)
-    except ConfigError as error:
-        sources.faults += [Fault(f"{key}.{fault.key}", fault.message) for fault in error.faults]
-        return None
+# What encoding depends on: base, content, max_length, loss_on, allow_truncated_away
+_Encoding: TypeAlias = tuple[str, str, int, Literal["responses", "all"], bool]
 
 
 class _Graph:
@@ -236,35 +148,33 @@ class _Graph:
         self.judge_tasks: dict[str, JudgeTask] = {}
         self.entries: list[RunEntry] = []
         self.base_entries: list[RunEntry] = []
-        self.to_prove: dict[tuple[str, str, int, str, bool], tuple[ResolvedBase, str]] = {}
-        self.num_tokens: dict[tuple[str, str, int, str, bool], tuple[int, int]] = {}  # rows kept, their tokens
+        self.to_prove: dict[_Encoding, tuple[ResolvedBase, str]] = {}  # and the user's key of the data
+        self.base_keys: dict[str, str] = {}  # base -> the user's key of it
+        self.num_tokens: dict[_Encoding, tuple[int, int]] = {}  # rows kept, their tokens
 
     def add(self, sound: _SoundCell) -> None:
         """Add a cell's vectors, run, samples, judgements and measurements, and those of its base."""
-        cell, base = sound.cell, sound.base
-        ids = {name: self.vectors.add(name, base, self._must_prove) for name in _vector_names(cell)}
-        defense = resolved_defense(cell.defense, ids, dict(sound.prompts))
-        identity = TrainTask.identity(base, cell.data, sound.train_content, defense, cell.training, cell.seed)
+        cell, base = sound.cell, sound.found.base
+        self.base_keys.setdefault(_name(base), self.sweep.key(sound.index, "base", "model"))
+        ids = {name: self.vectors.add(name, base, self._must_prove) for name in vector_names(cell.defense)}
+        defense = resolved_defense(cell.defense, ids, dict(sound.found.prompts))
+        content = sound.found.train_content
+        identity = TrainTask.identity(base, cell.data, content, defense, cell.training, cell.seed)
         train = TrainTask(
             id=task_id(identity),
             base=base,
             data=cell.data,
-            train_content=sound.train_content,
+            train_content=content,
             defense=defense,
             training=cell.training,
             seed=cell.seed,
         )
-        self._must_prove(
-            base,
-            sound.train_content,
-            cell.data.max_length,
-            self.sweep.key(sound.index, "data", "train"),
-            cell.data.loss_on,
-            cell.data.allow_truncated_away,
-        )
-        entry = self._evaluate(sound, train.id, cell.label, "run", _flat(cell))
+        data = cell.data
+        key = self.sweep.key(sound.index, "data", "train")
+        self._must_prove(base, content, data.max_length, key, data.loss_on, data.allow_truncated_away)
+        entry = self._evaluate(sound, train.id, cell.label, "run", _flat(cell, base))
         for other in self.entries:
-            if (other.run_id, other.sample_id) == (entry.run_id, entry.sample_id):
+            if _identity(other) == _identity(entry):
                 message = f"two cells have one identity ({train.id}): {other.label!r} and {cell.label!r}"
                 self.sources.faults.append(Fault("runs", f"{message}; let them differ or remove one"))
                 return
@@ -272,32 +182,34 @@ class _Graph:
         self._job(self.run_jobs, sound, train.id, cell.label, train)
 
         base_id = base_run_id(base)
-        config: dict[str, Scalar] = {"base.model": base.model, "base.dtype": base.dtype}
         number = len(self.base_entries) + 1
-        label = "base" if number == 1 else f"base #{number}"
+        label = BASE if number == 1 else f"{BASE} #{number}"
+        shared = ("base", "evaluation")
+        config = {name: value for name, value in entry.config.items() if name.partition(".")[0] in shared}
         base_entry = self._evaluate(sound, base_id, label, "base", config)
-        if all((known.run_id, known.sample_id) != (base_id, base_entry.sample_id) for known in self.base_entries):
+        # Unlike with runs, the names of metrics count: they are the columns beside which the runs are read.
+        what = (_identity(base_entry), base_entry.judge_ids)
+        if all((_identity(known), known.judge_ids) != what for known in self.base_entries):
             self.base_entries.append(base_entry)
             self._job(self.base_jobs, sound, base_id, label, None)
 
-    def _sample(self, run_id: str, evaluation: _Evaluation) -> SampleTask:
-        identity = task_id(SampleTask.identity(run_id, evaluation.questions, evaluation.sampling))
-        return SampleTask(id=identity, questions=evaluation.questions, sampling=evaluation.sampling)
+    def _sample(self, run_id: str, sound: _SoundCell) -> SampleTask:
+        questions, sampling = sound.found.questions, sound.sampling
+        identity = task_id(SampleTask.identity(run_id, questions, sampling))
+        return SampleTask(id=identity, questions=questions, sampling=sampling)
 
     def _loss(self, run_id: str, sound: _SoundCell) -> LossTask:
-        content, max_length = sound.evaluation.plain_answers, sound.cell.data.max_length
-        self._must_prove(sound.base, content, max_length, self.sweep.key(sound.index, "evaluation", "plain_answers"))
+        content, max_length = sound.found.plain_answers, sound.cell.data.max_length
+        self._must_prove(sound.found.base, content, max_length, sound.found.plain_answers_key)
         return LossTask(
             id=task_id(LossTask.identity(run_id, content, max_length)), content=content, max_length=max_length
         )
 
-    def _evaluate(self, sound: _SoundCell, run_id: str, label: str, kind: Any, config: dict[str, Scalar]) -> RunEntry:
-        sample = self._sample(run_id, sound.evaluation)
-        judge_ids = {}
-        for name, metric in sound.evaluation.metrics.items():
-            judge_id = task_id(JudgeTask.identity(sample.id, metric))
-            self.judge_tasks[judge_id] = JudgeTask(id=judge_id, sample_id=sample.id, run_id=run_id, metric=metric)
-            judge_ids[name] = judge_id
+    def _evaluate(
+        self, sound: _SoundCell, run_id: str, label: str, kind: Literal["run", "base"], config: dict[str, Scalar]
+    ) -> RunEntry:
+        sample = self._sample(run_id, sound)
+        judge_ids = {name: self._judge(run_id, sample.id, metric) for name, metric in sound.found.metrics.items()}
         return RunEntry(
             label=label,
             kind=kind,
@@ -308,18 +220,23 @@ class _Graph:
             config=config,
         )
 
+    def _judge(self, run_id: str, sample_id: str, metric: MetricConfig) -> str:
+        judge_id = task_id(JudgeTask.identity(sample_id, metric))
+        self.judge_tasks[judge_id] = JudgeTask(id=judge_id, sample_id=sample_id, run_id=run_id, metric=metric)
+        return judge_id
+
     def _job(
         self, jobs: dict[str, RunJob], sound: _SoundCell, run_id: str, label: str, train: TrainTask | None
     ) -> None:
         """One job per run: cells that differ in their evaluation alone share the training."""
-        sample, loss = self._sample(run_id, sound.evaluation), self._loss(run_id, sound)
+        sample, loss = self._sample(run_id, sound), self._loss(run_id, sound)
         known = jobs.get(run_id)
         samples = known.samples if known else ()
         losses = known.losses if known else ()
         jobs[run_id] = RunJob(
             id=run_id,
             label=known.label if known else label,
-            base=sound.base,
+            base=sound.found.base,
             train=train,
             samples=samples if sample in samples else (*samples, sample),
             losses=losses if loss in losses else (*losses, loss),
@@ -331,26 +248,41 @@ class _Graph:
         content: str,
         max_length: int,
         key: str,
-        loss_on: str = "responses",
+        loss_on: Literal["responses", "all"] = "responses",
         allow_truncated_away: bool = False,
     ) -> None:
-        what = (base.model + base.revision, content, max_length, loss_on, allow_truncated_away)
-        self.to_prove.setdefault(what, (base, key))
+        self.to_prove.setdefault((_name(base), content, max_length, loss_on, allow_truncated_away), (base, key))
 
     def prove_rows(self) -> None:
         """Make tokens of all rows, prove their masks and count them; what cannot be proved is a fault."""
-        tokenizers: dict[str, Any] = {}
+        tokenizers = self._tokenizers()
         for what, (base, key) in self.to_prove.items():
-            model, content, max_length, loss_on, allow = what
-            if model not in tokenizers:
-                tokenizers[model] = load_tokenizer(base)
-            encoder = ChatEncoder(tokenizers[model], max_length, "all" if loss_on == "all" else "responses")
+            name, content, max_length, loss_on, allow = what
+            if name not in tokenizers:
+                continue
+            try:
+                encoder = ChatEncoder(tokenizers[name], max_length, loss_on)
+            except DataError as error:
+                self.sources.faults.append(Fault(self.base_keys[name], f"{base.source}: {error}"))
+                continue
             try:
                 encoded, _ = encode_all(self.sources.rows[content], encoder, allow)
             except DataError as error:
                 self.sources.faults.append(Fault(key, str(error)))
                 continue
             self.num_tokens[what] = (len(encoded), sum(len(row.input_ids) for row in encoded))
+
+    def _tokenizers(self) -> dict[str, Any]:
+        """The bases' tokenizers by ``_name``, less those that cannot be loaded."""
+        tokenizers: dict[str, Any] = {}
+        for base in {_name(base): base for base, _ in self.to_prove.values()}.values():
+            try:
+                tokenizers[_name(base)] = load_tokenizer(base)
+            except (OSError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                message = f"the tokenizer of {base.source} cannot be loaded: {reason}"
+                self.sources.faults.append(Fault(self.base_keys[_name(base)], message))
+        return tokenizers
 
     def costs(self) -> dict[str, Cost]:
         """What every row of the sweep takes, by label."""
@@ -361,26 +293,35 @@ class _Graph:
             sample = next(sample for sample in job.samples if sample.id == entry.sample_id)
             num_answers = len(sample.questions) * sample.sampling.samples
             steps, tokens = self._training_cost(job.train) if job.train else (0, 0)
-            costs[entry.label] = Cost(steps, tokens, num_answers, num_answers * len(entry.judge_ids))
+            costs[entry.label] = Cost(steps, tokens, num_answers, num_answers * len(set(entry.judge_ids.values())))
         return costs
 
     def _training_cost(self, train: TrainTask) -> tuple[int, int]:
-        data, base = train.data, train.base
-        what = (
-            base.model + base.revision,
-            train.train_content,
-            data.max_length,
-            data.loss_on,
-            data.allow_truncated_away,
-        )
+        """Optimizer steps, and tokens of the rows that they take (of a part of an epoch: as many rows on average)."""
+        data, batch_size = train.data, train.training.batch_size
+        what = (_name(train.base), train.train_content, data.max_length, data.loss_on, data.allow_truncated_away)
         num_rows, num_tokens = self.num_tokens[what]
         steps = num_optimizer_steps(num_rows, train.training)
-        rows_used = steps * min(train.training.batch_size, num_rows)
+        epochs, rest = divmod(steps, math.ceil(num_rows / batch_size))
+        rows_used = epochs * num_rows + min(rest * batch_size, num_rows)
         return steps, round(num_tokens * rows_used / num_rows)
 
 
-def _flat(cell: Cell) -> dict[str, Scalar]:
-    """A cell's settings with dotted names, as the columns of table ``runs``; lists and mappings as JSON."""
+def _name(base: ResolvedBase) -> str:
+    """Says which tokenizer: bases that differ in dtype alone share it."""
+    return f"{base.model} {base.revision}"
+
+
+def _identity(entry: RunEntry) -> tuple[str, str, str | None, frozenset[str]]:
+    """All that a row of the sweep rests on; its name and those of its metrics are not in it."""
+    return entry.run_id, entry.sample_id, entry.plain_loss_id, frozenset(entry.judge_ids.values())
+
+
+def _flat(cell: Cell, base: ResolvedBase) -> dict[str, Scalar]:
+    """A cell's settings with dotted names, as the columns of table ``runs``; lists and mappings as JSON.
+
+    The base's revision and dtype are those that were really used.
+    """
     flat: dict[str, Scalar] = {"defense": defense_label(cell.defense), "seed": cell.seed}
 
     def put(prefix: str, value: object) -> None:
@@ -394,6 +335,7 @@ def _flat(cell: Cell) -> dict[str, Scalar]:
 
     for number, item in enumerate(cell.defense):
         put("defense" if len(cell.defense) == 1 else f"defense.{number}", item.model_dump(mode="json"))
-    for section in ("base", "data", "training", "evaluation"):
+    put("base", {"model": cell.base.model, "revision": base.revision, "dtype": base.dtype})
+    for section in ("data", "training", "evaluation"):
         put(section, getattr(cell, section).model_dump(mode="json"))
     return flat

@@ -1,18 +1,20 @@
 """Everything outside the sweep file that a sweep names: bases, data files, traits. Each is read once and checked.
 
-Nothing is written. What is wrong is collected in ``faults`` with the key under which the user named it.
+Nothing is written. What is wrong is collected in ``faults``, under every key under which the user named it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from analysis.traits import Trait, read_trait
 from engine.inputs import (
     canonical_jsonl,
+    file_places,
     find_file,
     find_trait,
     places_looked,
@@ -22,6 +24,7 @@ from engine.inputs import (
 from trainables.base_model import BaseConfig, ResolvedBase, resolve_base
 from trainables.chat_data import HubDataset
 from trainables.defenses import Message
+from trainables.embedded import PREFIX
 from trainables.errors import ConfigError, Fault
 from trainables.shapes import ModelShape
 
@@ -30,69 +33,79 @@ Rows = Sequence[Sequence[Message]]
 
 @dataclass
 class Sources:
-    """What has been found so far. Methods return None after noting a fault; asked again, they note it once."""
+    """What has been found so far. Methods return None after noting a fault."""
 
     folder: Path  # of the sweep file
     cuda: bool
     faults: list[Fault]
     inputs: dict[str, bytes] = field(default_factory=dict)  # content hash -> content, what workers will read
     rows: dict[str, Rows] = field(default_factory=dict)  # content hash -> chat rows
-    _bases: dict[str, tuple[ResolvedBase, ModelShape] | None] = field(default_factory=dict)
-    _contents: dict[str, str | None] = field(default_factory=dict)
-    _traits: dict[str, tuple[Trait, Path] | None] = field(default_factory=dict)
+    _found: dict[tuple[str, str], tuple[Any, list[Fault]]] = field(default_factory=dict)
 
     def base(self, config: BaseConfig, key: str) -> tuple[ResolvedBase, ModelShape] | None:
-        """The base with its revision and shape; ``key`` is where the ``base`` section stands."""
-        name = config.model_dump_json()
-        if name not in self._bases:
-            self._bases[name] = None
+        """The base with its revision and shape; ``key`` is where the ``base`` section stands.
+
+        A folder with the model is looked for where other files are, see ``engine.inputs.file_places``.
+        """
+
+        def look() -> tuple[tuple[ResolvedBase, ModelShape] | None, list[Fault]]:
+            places = [] if config.model.startswith(PREFIX) else file_places(config.model, self.folder)
+            place = next((place for place in places if (place / "config.json").is_file()), None)
+            local = config if place is None else config.model_copy(update={"model": str(place)})
             try:
-                self._bases[name] = resolve_base(config, cuda=self.cuda)
+                return resolve_base(local, cuda=self.cuda), []
             except ConfigError as error:
-                self.faults += [Fault(key + fault.key.removeprefix("base"), fault.message) for fault in error.faults]
-        return self._bases[name]
+                return None, [Fault(fault.key.removeprefix("base"), fault.message) for fault in error.faults]
+
+        value: tuple[ResolvedBase, ModelShape] | None = self._once("base", config.model_dump_json(), key, look)
+        return value
 
     def chat_file(self, text: str, key: str) -> str | None:
         """Content hash of the chat JSONL file that the user calls ``text``."""
-        if text not in self._contents:
+
+        def look() -> tuple[str | None, list[Fault]]:
             path = find_file(text, self.folder)
             if path is None:
-                self.faults.append(Fault(key, f"no file {text!r}; looked at {places_looked(text, self.folder)}"))
-            self._contents[text] = self._checked(path) if path is not None else None
-        return self._contents[text]
+                return None, [Fault("", f"no file {text!r}; looked at {places_looked(text, self.folder)}")]
+            return self._checked(path)
+
+        content: str | None = self._once("file", text, key, look)
+        return content
 
     def chat_path(self, path: Path, key: str) -> str | None:
         """Content hash of the chat JSONL file at ``path``, which a trait names."""
-        name = str(path)
-        if name not in self._contents:
-            if not path.is_file():
-                self.faults.append(Fault(key, f"no file {path}"))
-            self._contents[name] = self._checked(path) if path.is_file() else None
-        return self._contents[name]
+
+        def look() -> tuple[str | None, list[Fault]]:
+            return self._checked(path) if path.is_file() else (None, [Fault("", f"no file {path}")])
+
+        content: str | None = self._once("path", str(path), key, look)
+        return content
 
     def hub(self, dataset: HubDataset, key: str) -> str | None:
         """Content hash of a dataset's rows."""
-        name = dataset.model_dump_json()
-        if name not in self._contents:
+
+        def look() -> tuple[str | None, list[Fault]]:
             rows, content, faults = read_hub_rows(dataset)
-            self.faults += [Fault(key, str(fault)) for fault in faults]
-            self._contents[name] = self.keep(content, rows) if not faults else None
-        return self._contents[name]
+            return (self.keep(content, rows), []) if not faults else (None, [Fault("", str(fault)) for fault in faults])
+
+        content: str | None = self._once("hub", dataset.model_dump_json(), key, look)
+        return content
 
     def trait(self, name: str, key: str) -> tuple[Trait, Path] | None:
         """The trait that the user calls ``name`` and the place of its file."""
-        if name not in self._traits:
-            self._traits[name] = None
+
+        def look() -> tuple[tuple[Trait, Path] | None, list[Fault]]:
             path = find_trait(name, self.folder)
             if path is None:
                 where = places_looked(name, self.folder, trait=True)
-                self.faults.append(Fault(key, f"no trait {name!r}; looked at {where}"))
-            else:
-                try:
-                    self._traits[name] = (read_trait(path), path)
-                except ConfigError as error:
-                    self.faults += error.faults
-        return self._traits[name]
+                return None, [Fault("", f"no trait {name!r}; looked at {where}")]
+            try:
+                return (read_trait(path), path), []
+            except ConfigError as error:
+                return None, list(error.faults)
+
+        value: tuple[Trait, Path] | None = self._once("trait", name, key, look)
+        return value
 
     def keep(self, content: bytes, rows: Rows | None = None) -> str:
         """Note content that workers will need; returns its hash."""
@@ -102,7 +115,17 @@ class Sources:
             self.rows[digest] = rows
         return digest
 
-    def _checked(self, path: Path) -> str | None:
+    def _checked(self, path: Path) -> tuple[str | None, list[Fault]]:
         rows, faults = read_chat_rows(path)
-        self.faults += faults
-        return self.keep(canonical_jsonl(rows), rows) if not faults else None
+        return (self.keep(canonical_jsonl(rows), rows), []) if not faults else (None, faults)
+
+    def _once(self, kind: str, name: str, key: str, look: Callable[[], tuple[Any, list[Fault]]]) -> Any:
+        """What ``look`` found the first time. Its faults with a key of their own (a file and a line) stay as they are;
+        the others are about what stands at ``key`` or, if they begin with a dot, below it."""
+        if (kind, name) not in self._found:
+            self._found[kind, name] = look()
+        value, faults = self._found[kind, name]
+        self.faults += [
+            Fault(key + fault.key, fault.message) if fault.key[:1] in ("", ".") else fault for fault in faults
+        ]
+        return value

@@ -22,14 +22,17 @@ class VectorTasks:
         self.sources = sources
         self.jobs: dict[str, VectorJob] = {}
         self.ids: dict[str, str] = {}  # name in tables -> task id
+        self._contents: dict[str, tuple[str, str]] = {}  # name of a difference -> positive, negative
         self._files: dict[str, tuple[VectorShape, str, str, str]] = {}  # name -> shape, model, revision, content
         for name, config in configs.items():
             self._check_files(f"vectors.{name}", name, config)
 
     def _check_files(self, key: str, name: str, config: VectorConfig) -> None:
         if isinstance(config, DifferenceVector):
-            self.sources.chat_file(config.difference.positive, f"{key}.difference.positive")
-            self.sources.chat_file(config.difference.negative, f"{key}.difference.negative")
+            positive = self.sources.chat_file(config.difference.positive, f"{key}.difference.positive")
+            negative = self.sources.chat_file(config.difference.negative, f"{key}.difference.negative")
+            if positive is not None and negative is not None:
+                self._contents[name] = (positive, negative)
         elif isinstance(config, FileVector):
             path = find_file(config.file, self.sources.folder)
             if path is None:
@@ -43,10 +46,8 @@ class VectorTasks:
 
     def shape(self, name: str, base: ResolvedBase, model: ModelShape) -> VectorShape | None:
         """Shape of a named vector for this base; None where it has a fault, which is noted."""
-        config = self.configs.get(name)
-        if isinstance(config, RandomVector):
-            return self.shape(config.random_like, base, model)
-        if isinstance(config, DifferenceVector):
+        name = self._origin(name)
+        if name in self._contents:
             return VectorShape(model.num_layers, model.hidden_size, "pre_norm")
         if name not in self._files:
             return None  # an unknown name or an unreadable file: said already
@@ -66,8 +67,16 @@ class VectorTasks:
         self.sources.faults.append(Fault(f"vectors.{name}.file", fault))
         return None
 
+    def _origin(self, name: str) -> str:
+        """The vector at the end of a chain of ``random_like``; any of them where it goes in a circle (said already)."""
+        seen: set[str] = set()
+        while isinstance(config := self.configs.get(name), RandomVector) and name not in seen:
+            seen.add(name)
+            name = config.random_like
+        return name
+
     def add(self, name: str, base: ResolvedBase, prove: Callable[[ResolvedBase, str, int, str], None]) -> str:
-        """Put the task of a sound vector into the graph; returns its id.
+        """Put the task of a vector that has a shape for ``base`` into the graph; returns its id.
 
         ``prove(base, content, max_length, key)`` is told every data file that the vector is made of.
         """
@@ -75,14 +84,11 @@ class VectorTasks:
         recipe: VectorRecipe
         parents: tuple[str, ...] = ()
         if isinstance(config, DifferenceVector):
-            contents = {}
-            for side in ("positive", "negative"):
-                key = f"vectors.{name}.difference.{side}"
-                content = self.sources.chat_file(getattr(config.difference, side), key)
-                assert content is not None, "faults are raised before tasks are made"
-                prove(base, content, config.difference.max_length, key)
-                contents[side] = content
-            recipe = DifferenceRecipe(base=base, max_length=config.difference.max_length, **contents)
+            positive, negative = self._contents[name]
+            length = config.difference.max_length
+            prove(base, positive, length, f"vectors.{name}.difference.positive")
+            prove(base, negative, length, f"vectors.{name}.difference.negative")
+            recipe = DifferenceRecipe(base=base, max_length=length, positive=positive, negative=negative)
         elif isinstance(config, RandomVector):
             like = self.add(config.random_like, base, prove)
             recipe, parents = RandomRecipe(like=like, name=name, seed=config.seed), (like,)
@@ -91,6 +97,7 @@ class VectorTasks:
         identity = task_id(recipe.identity())
         if identity not in self.jobs:
             self.jobs[identity] = VectorJob(id=identity, label=f"vector {name}", recipe=recipe, parents=parents)
-            taken = [known for known in self.ids if known == name or known.startswith(f"{name} #")]
+        taken = {known: made for known, made in self.ids.items() if known == name or known.startswith(f"{name} #")}
+        if identity not in taken.values():  # a name stands for several tasks where several bases use it
             self.ids[name if not taken else f"{name} #{len(taken) + 1}"] = identity
         return identity

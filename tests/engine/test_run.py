@@ -47,7 +47,7 @@ def summary(outcome: Outcome) -> pd.DataFrame:
 
 def test_every_sound_run_is_done_and_scored(summary: pd.DataFrame) -> None:
     sound = summary.drop(index="diverging")
-    assert list(summary.index)[0] == "base"
+    assert summary.index[0] == "base"
     assert len(sound) == 5
     assert set(sound["status"]) == {"done"}
     assert (sound["trait_num_scored"] == 8).all()

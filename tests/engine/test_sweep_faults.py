@@ -29,6 +29,7 @@ def test_all_faults_at_once(files: Files) -> None:
         "execution.trials",
         "vectors.v.file",
         "training.epochs",
+        "runs[0].defense.vector",
         "runs[0].defense.layer",
         "runs[1].sede",
     }

@@ -1,0 +1,162 @@
+"""What the cells of a sweep name is looked up here: bases, data, vectors, prompts, questions, metrics.
+
+Nothing is written. Every fault goes to ``Sources.faults`` under the user's own key; a faulty cell is looked up as far
+as it can be, so that its other faults are found at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from analysis.judges import BaseMetric, DegenerationMetric, MetricConfig, NamesTrait
+from analysis.summary import repeated_columns
+from analysis.traits import Trait
+from engine.named import Named
+from engine.sources import Sources
+from engine.tasks import QuestionText
+from engine.vector_tasks import VectorTasks
+from trainables.base_model import ResolvedBase
+from trainables.chat_data import HubDataset
+from trainables.config import NamesPrompts, NamesVector, referenced
+from trainables.defenses import Item, defense_faults
+from trainables.errors import ConfigError, Fault
+from trainables.shapes import ModelShape
+
+DEGENERATION = "degeneration"
+
+Key = Callable[..., str]  # path of a cell -> where it stands in the user's file
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything that a cell names, found."""
+
+    base: ResolvedBase
+    train_content: str
+    prompts: Mapping[str, tuple[str, ...]]  # trait -> its inoculation prompts
+    questions: tuple[QuestionText, ...]
+    plain_answers: str  # content
+    plain_answers_key: str
+    metrics: Mapping[str, MetricConfig]
+
+
+def look_up(named: Named, key: Key, sources: Sources, vectors: VectorTasks) -> Found | None:
+    """Find what a cell names; None if any of it has a fault, which is noted."""
+    base = sources.base(named.base, key("base")) if named.base is not None else None
+    content = _train_content(named.train, key("data", "train"), sources)
+    prompts = _prompt_banks(named, key, sources)
+    is_defense_sound = _check_defense(named, key, base, sources, vectors)
+    questions, plain_answers, plain_key = _questions(named, key, sources)
+    metrics = _metrics(named, key, sources)
+    if base is None or content is None or prompts is None or not is_defense_sound:
+        return None
+    if questions is None or plain_answers is None or metrics is None:
+        return None
+    return Found(base[0], content, prompts, questions, plain_answers, plain_key, metrics)
+
+
+def vector_names(defense: tuple[Item | None, ...]) -> list[str]:
+    """Names of the vectors that a defense uses."""
+    return [str(name) for item in defense if item is not None for name in referenced(item, NamesVector).values()]
+
+
+def _train_content(train: str | HubDataset | None, key: str, sources: Sources) -> str | None:
+    if train is None:
+        return None
+    return sources.chat_file(train, key) if isinstance(train, str) else sources.hub(train, key)
+
+
+def _prompt_banks(named: Named, key: Key, sources: Sources) -> dict[str, tuple[str, ...]] | None:
+    banks: dict[str, tuple[str, ...]] = {}
+    sound = True
+    for position, item in enumerate(named.defense):
+        for field, bank in referenced(item, NamesPrompts).items() if item is not None else ():
+            if not isinstance(bank, str):
+                continue
+            here = key("defense", position, field)
+            trait = sources.trait(bank, here)
+            if trait is not None and trait[0].inoculation_prompts:
+                banks[bank] = trait[0].inoculation_prompts
+                continue
+            sound = False
+            if trait is not None:
+                sources.faults.append(Fault(here, f"trait {bank!r} has no inoculation_prompts"))
+    return banks if sound else None
+
+
+def _check_defense(
+    named: Named, key: Key, base: tuple[ResolvedBase, ModelShape] | None, sources: Sources, vectors: VectorTasks
+) -> bool:
+    if base is None:
+        return False
+    resolved, model = base
+    names = vector_names(named.defense)
+    shapes = {name: shape for name in names if (shape := vectors.shape(name, resolved, model)) is not None}
+    positions = [position for position, item in enumerate(named.defense) if item is not None]
+    items = [item for item in named.defense if item is not None]
+    faults = [
+        Fault(key("defense", positions[index], field), message)
+        for index, field, message in defense_faults(items, model, shapes)
+    ]
+    sources.faults += faults
+    return not faults and all(name in shapes for name in names)
+
+
+def _questions(named: Named, key: Key, sources: Sources) -> tuple[tuple[QuestionText, ...] | None, str | None, str]:
+    """Questions, content of the plain answers, and the key by which the user gave these."""
+    questions_key, plain_key = key("evaluation", "questions"), key("evaluation", "plain_answers")
+    found = sources.trait(named.questions, questions_key) if named.questions is not None else None
+    questions = content = None
+    if found is not None:
+        trait, _ = found
+        questions = tuple(QuestionText(id=question.id, text=question.question) for question in trait.questions)
+        if named.plain_answers is None and trait.plain_answers is None:
+            message = f"trait {named.questions!r} has no plain_answers; give evaluation.plain_answers"
+            sources.faults.append(Fault(questions_key, message))
+        elif named.plain_answers is None:
+            content, plain_key = (
+                sources.chat_path(trait.path_of(str(trait.plain_answers)), questions_key),
+                questions_key,
+            )
+    if named.plain_answers is not None:
+        content = sources.chat_file(named.plain_answers, plain_key)
+    return questions, content, plain_key
+
+
+def _metrics(named: Named, key: Key, sources: Sources) -> dict[str, MetricConfig] | None:
+    """The metrics with their traits' contents, and the degeneration rate: a broken model must not look defended."""
+    metrics = {
+        name: resolved
+        for name, metric in named.metrics.items()
+        if (resolved := _metric(metric, key("evaluation", "metrics", name), sources)) is not None
+    }
+    is_sound = len(metrics) == len(named.metrics)
+    own = named.metrics.get(DEGENERATION)
+    if own is not None and not isinstance(own, DegenerationMetric):
+        message = f"is the name of the metric that every sweep has ({{judge: {DEGENERATION}}}); give yours another"
+        sources.faults.append(Fault(key("evaluation", "metrics", DEGENERATION), message))
+        is_sound = False
+    metrics.setdefault(DEGENERATION, DegenerationMetric())
+    for column in repeated_columns(tuple(dict.fromkeys([*named.metrics, DEGENERATION]))):
+        message = f"the summary would have two columns {column!r}; rename one"
+        sources.faults.append(Fault(key("evaluation", "metrics"), message))
+        is_sound = False
+    return metrics if is_sound else None
+
+
+def _metric(metric: MetricConfig, key: str, sources: Sources) -> MetricConfig | None:
+    assert isinstance(metric, BaseMetric)
+    named: dict[str, Trait] = {}
+    for field, name in referenced(metric, NamesTrait).items():
+        if name is None:
+            continue
+        found = sources.trait(str(name), f"{key}.{field}")
+        if found is None:
+            return None
+        named[str(name)] = found[0]
+    try:
+        return metric.resolved(named)
+    except ConfigError as error:
+        sources.faults += [Fault(f"{key}.{fault.key}", fault.message) for fault in error.faults]
+        return None
