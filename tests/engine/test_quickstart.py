@@ -100,8 +100,8 @@ def test_the_run_record_explains_the_run(results: Results) -> None:
     (run_id,) = [entry.run_id for entry in results.manifest.runs if entry.label == PPS]
     record = json.loads((results.root / "runs" / run_id / "run.json").read_text())
     assert record["task"]["defense"][0]["coefficient"] == 1.5
-    assert record["num_steps"] == 21
+    assert record["num_steps"] == 18
     assert record["placement"]["threads"] == 1
     assert "SmolLM" in json.dumps(record["chat_format"]), "the template's default system prompt is recorded"
     log = (results.root / "runs" / run_id / "log.txt").read_text()
-    assert "step 21/21" in log
+    assert "step 18/18" in log
