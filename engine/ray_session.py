@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import sys
 from types import TracebackType
 
 from engine.machine import read_machine
@@ -66,10 +68,15 @@ class RaySession:
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
+        runtime_env: dict[str, object] = {"env_vars": environment}
         self._ours = True
         if self.address is not None:
-            ray.init(address=self.address, runtime_env={"env_vars": environment}, log_to_driver=False)
+            ray.init(address=self.address, runtime_env=runtime_env, log_to_driver=False)
         else:
+            if shlex.quote(sys.executable) != sys.executable:
+                # Ray 2.60 puts the interpreter's path into a shell command as it is: with a space in it no worker
+                # ever starts, and nothing says so
+                runtime_env["py_executable"] = shlex.quote(sys.executable)
             ray.init(
                 address="local",
                 num_cpus=read_machine().num_cpus,
@@ -77,5 +84,5 @@ class RaySession:
                 object_store_memory=OBJECT_STORE_BYTES,
                 logging_level=logging.ERROR,
                 log_to_driver=False,
-                runtime_env={"env_vars": environment},
+                runtime_env=runtime_env,
             )

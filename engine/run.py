@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import datetime
 import platform
 import subprocess
@@ -18,6 +19,7 @@ from rich.console import Console
 from analysis.manifest import Failure, failures_key, manifest_key, sweep_key
 from analysis.results import Results, load
 from engine.judge_pool import JudgePool
+from engine.lease import Lease
 from engine.machine import read_machine
 from engine.prepare import Prepared, prepare
 from engine.progress import ProgressView, make_progress
@@ -99,16 +101,23 @@ def run_sweep(
     """Do everything that the sweep file means and is not done yet, and return its results.
 
     ``address``: a running Ray cluster; None starts Ray on this machine and stops it again. Raises ConfigError before
-    anything starts if the file cannot be meant. A failed run never stops the others: it is in ``Outcome.failures``.
+    anything starts if the file cannot be meant, LeaseHeldError if another driver runs this sweep. A failed run never
+    stops the others: it is in ``Outcome.failures``.
     """
     console = console or Console()
     with RaySession(address) as session:
-        return _run_sweep(path, overrides, console, session)
+        prepared = prepare(path, overrides, read_machine(session.cluster_resources()))
+        store = Store.open(prepared.sweep.results, create=True)
+
+        def lost(holder: str) -> None:
+            console.print(f"The lease on this sweep was taken by {holder}; stopping.", style="red")
+            _thread.interrupt_main()
+
+        with Lease(store, prepared.sweep.name, lost):
+            return _run_sweep(prepared, store, console, session)
 
 
-def _run_sweep(path: str | Path, overrides: Sequence[str], console: Console, session: RaySession) -> Outcome:
-    prepared = prepare(path, overrides, read_machine(session.cluster_resources()))
-    store = Store.open(prepared.sweep.results, create=True)
+def _run_sweep(prepared: Prepared, store: Store, console: Console, session: RaySession) -> Outcome:
     write_sweep(prepared, store)
     jobs = pending_jobs(prepared, store)
     unjudged = pending_judge_tasks(prepared, store)

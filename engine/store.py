@@ -125,6 +125,25 @@ class Store:
             self.publish(key, data)
         return digest
 
+    def create(self, key: str, data: bytes) -> bool:
+        """Publish ``data`` only if there is no such key; of several processes that try, one gets True."""
+        path = self._path(key)
+        with explained(key), self._temporary() as temporary:
+            write_new(temporary, data)
+            make_directory(path.parent)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            fsync_directory(path.parent)
+        return True
+
+    def names(self, key: str) -> list[str]:
+        """Names of what lies in the folder ``key``, sorted; none if there is no such folder."""
+        path = self._path(key)
+        with explained(key):
+            return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+
     def append_line(self, key: str, text: str) -> None:
         """Add a line to a log with one write, so that lines of several processes do not mix. It is not fsynced."""
         path = self._path(key)

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import resource
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -182,6 +183,8 @@ class SweepWork:
             "num_rows": result.num_rows,
             "train_loss_last_epoch": result.train_loss_last_epoch,
             "chat_format": dict(result.chat_format),
+            # of this process so far: it may have done other jobs before
+            "peak_process_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
             "placement": {
                 "device": self.device,
                 "threads": self.threads,
