@@ -22,11 +22,13 @@ UNLABELLED = "?"  # no block can say this: the label that stands for "none was g
 class FaultyCell:
     """A cell that cannot be meant, kept for what it names: other faults are found in that at the same time.
 
-    ``content`` is the cell as JSON without its label: two cells that have it are one and the same.
+    ``block`` is where it stands. ``content`` is the cell as JSON without its label: two that have it are one and the
+    same.
     """
 
     named: Named
     merged: Merged
+    block: str
     content: str
 
     def key(self, *path: str | int) -> str:
@@ -127,7 +129,7 @@ def build_cells(file: Mapping[str, Any]) -> Cells:
                 else:
                     content = {name: value for name, value in raw.items() if name != "label"} | {"lost": lost}
                     text = json.dumps(content, sort_keys=True)
-                    cells.faulty.append(FaultyCell(salvaged(raw), merged, text))
+                    cells.faulty.append(FaultyCell(salvaged(raw), merged, here, text))
     cells.faults += found.all()
     return cells
 

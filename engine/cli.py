@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from trainables.errors import ShiftgradError
 
@@ -16,7 +18,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Compare defenses over grids of LoRA finetunings.",
 )
 
 SweepFileArgument = Annotated[Path, typer.Argument(help="a sweep file", show_default=False)]
@@ -26,6 +27,25 @@ OverridesArgument = Annotated[
 
 PARTIAL_SUCCESS = 3
 INTERRUPTED = 130
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"shiftgrad {importlib.metadata.version('shiftgrad')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and stop")
+    ] = False,
+) -> None:
+    """Compare defenses over grids of LoRA finetunings.
+
+    Example: [bold]shiftgrad run configs/sweeps/quickstart.yaml[/bold]
+    """
+    del version
 
 
 @app.command()
@@ -54,7 +74,7 @@ def run(
         console.print(f"{outcome.num_done_before} of {outcome.num_jobs} jobs were done before.", highlight=False)
     console.print(summary_table(outcome.results))
     folder = outcome.results.root / sweep_key(outcome.results.name, "")
-    console.print(f"Tables: {folder}", highlight=False, soft_wrap=True)
+    console.print(Text(f"Tables: {folder}"), soft_wrap=True)
     if outcome.failures:
         console.print(failures_table(outcome.results))
         console.print("Run the same command again to do just what is missing.")
@@ -87,13 +107,75 @@ def table(
     Example: [bold]shiftgrad table results/sweeps/quickstart summary --csv > summary.csv[/bold]
     """
     from analysis.results import load
-    from engine.show import frame_table
+    from engine.show import frame_table, summary_table
 
-    frame = load(path).table(name)
+    results = load(path)
+    frame = results.table(name)
     if csv:
         frame.to_csv(sys.stdout, index=False)
     else:
-        Console().print(frame_table(frame, title=name))
+        Console().print(summary_table(results) if name == "summary" else frame_table(frame, title=name))
+
+
+SweepFolderArgument = Annotated[Path, typer.Argument(help="a sweep's folder in the store", show_default=False)]
+RunArgument = Annotated[str, typer.Argument(help="a run: its label, or the beginning of its id", show_default=False)]
+
+
+@app.command()
+def status(path: SweepFolderArgument) -> None:
+    """Show how far every run of a sweep is, and who runs it.
+
+    Example: [bold]shiftgrad status results/sweeps/quickstart[/bold]
+    """
+    from analysis.results import load
+    from engine.look import status_view
+
+    Console().print(status_view(load(path)))
+
+
+@app.command()
+def show(path: SweepFolderArgument, run: RunArgument) -> None:
+    """Show one run: settings, times, results, answers and the end of its log.
+
+    Example: [bold]shiftgrad show results/sweeps/quickstart none[/bold]
+    """
+    from analysis.results import load
+    from engine.look import find_run, show_view
+
+    results = load(path)
+    Console().print(show_view(results, find_run(results, run)))
+
+
+@app.command()
+def diff(path: SweepFolderArgument, run: RunArgument, other: RunArgument) -> None:
+    """Show the settings in which two runs differ, and their results side by side.
+
+    Example: [bold]shiftgrad diff results/sweeps/quickstart none "pps bridge L20 x1.5"[/bold]
+    """
+    from analysis.results import load
+    from engine.look import diff_view, find_run
+
+    results = load(path)
+    Console().print(diff_view(results, find_run(results, run), find_run(results, other)))
+
+
+@app.command()
+def doctor(
+    results: Annotated[str, typer.Option(help="the store that is to be written to")] = "results",
+) -> None:
+    """Try what a sweep needs of this machine: versions, devices, the embedded model, the store, Ray.
+
+    Example: [bold]shiftgrad doctor --results results[/bold]
+    """
+    from engine.doctor import examine
+
+    console = Console()
+    findings = examine(results)
+    for finding in findings:
+        mark = Text("ok     ", style="green") if finding.ok else Text("FAILED ", style="red")
+        console.print(Text.assemble(mark, f"{finding.name}: {finding.detail}"), soft_wrap=True)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
 
 
 def main() -> None:
@@ -101,7 +183,7 @@ def main() -> None:
     try:
         app()
     except ShiftgradError as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
         sys.exit(1)
 
 

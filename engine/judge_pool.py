@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,7 +68,7 @@ class JudgePool:
                 self.pending[self.actor.judge.remote(task)] = task.id
 
     def wait(self) -> None:
-        """Wait for everything submitted; a task that raised is reported with its last line."""
+        """Wait for everything submitted; a task that raised is reported with its error on one line."""
         while self.pending:
             ready, _ = ray.wait(list(self.pending), num_returns=1)
             for reference in ready:
@@ -75,4 +76,11 @@ class JudgePool:
                 try:
                     ray.get(reference)
                 except ray.exceptions.RayError as error:
-                    self.failed(task_id, str(error).strip().splitlines()[-1])
+                    self.failed(task_id, _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    """What the judge itself raised, without the remote traceback; else what Ray says."""
+    cause = getattr(error, "cause", None)
+    text = "".join(traceback.format_exception_only(cause)) if isinstance(cause, BaseException) else str(error)
+    return " ".join(text.split()) or type(error).__name__

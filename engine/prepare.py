@@ -129,7 +129,7 @@ def _look_up_all(sweep: Sweep, sources: Sources, vectors: VectorTasks, graph: _G
             note_twin(cell.model_dump_json(exclude={"label"}), repr(cell.label))
     for faulty in sweep.faulty:
         look_up(faulty.named, faulty.key, sources, vectors)
-        note_twin(faulty.content, faulty.merged.key(()))
+        note_twin(faulty.content, faulty.block)
 
 
 # What encoding depends on: base, content, max_length, loss_on, allow_truncated_away

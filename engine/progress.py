@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
+from rich.text import Text
 
 LINE_INTERVAL_S = 15.0
 FIGURES = {"loss": "loss {:.3f}", "tokens_per_s": "{:.0f} tok/s"}
@@ -39,6 +40,11 @@ class _Pace:
     def __init__(self) -> None:
         self._begun: dict[tuple[str, str], tuple[float, int]] = {}
 
+    def forget(self, job_id: str) -> None:
+        """A job that starts, or starts again after its process died, has a pace of its own."""
+        for known in [known for known in self._begun if known[0] == job_id]:
+            del self._begun[known]
+
     def seconds_left(self, job_id: str, phase: str, done: int, total: int) -> float | None:
         now = time.monotonic()
         started, first = self._begun.setdefault((job_id, phase), (now, done))
@@ -56,6 +62,9 @@ def _figures_text(figures: Mapping[str, Any], seconds_left: float | None) -> str
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
@@ -74,6 +83,7 @@ class LineProgress:
         self.num_jobs = num_jobs
 
     def job_started(self, job_id: str, label: str) -> None:
+        self.pace.forget(job_id)
         self.last[job_id] = time.monotonic()
         self._line(f"{label}: started")
 
@@ -90,6 +100,7 @@ class LineProgress:
         self._line(f"{label}: {phase} {done}/{total}" + (f", {text}" if text else ""))
 
     def job_ended(self, job_id: str, label: str, outcome: str) -> None:
+        self.last.pop(job_id, None)
         self.num_ended += 1
         self._line(f"{label}: {outcome} ({self.num_ended}/{self.num_jobs} jobs)")
 
@@ -98,33 +109,36 @@ class LineProgress:
 
     def _line(self, text: str) -> None:
         stamp = _duration(time.monotonic() - self.begun)
-        self.console.print(f"[{stamp:>7}] {text}", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(Text(f"[{stamp:>7}] {text}"), soft_wrap=True)
 
 
 class LiveProgress:
     """A bar for the sweep and one for every running job."""
 
     def __init__(self, console: Console) -> None:
+        # No markup: a label may hold brackets. Where the terminal is narrow the label gives way, not the figures.
         self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[figures]}", style="dim"),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
+            BarColumn(bar_width=10, table_column=Column(width=10)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, justify="right")),
+            TextColumn("{task.fields[figures]}", markup=False, style="dim", table_column=Column(no_wrap=True)),
             console=console,
             refresh_per_second=4,
+            expand=True,
         )
         self.pace = _Pace()
+        self.begun = time.monotonic()
         self.bars: dict[str, TaskID] = {}
         self.sweep: TaskID | None = None
 
     def start(self, num_jobs: int) -> None:
         self.progress.start()
-        self.sweep = self.progress.add_task("[bold]sweep[/bold]", total=num_jobs, figures="jobs done")
+        self.sweep = self.progress.add_task("sweep", total=num_jobs, figures="jobs done")
 
     def job_started(self, job_id: str, label: str) -> None:
+        self.pace.forget(job_id)
         if job_id not in self.bars:
-            self.bars[job_id] = self.progress.add_task(f"{escape(label)}: starting", total=None, figures="")
+            self.bars[job_id] = self.progress.add_task(f"{label}: starting", total=None, figures="")
 
     def job_figures(self, job_id: str, label: str, figures: Mapping[str, Any]) -> None:
         if "phase" not in figures or "units_done" not in figures or job_id not in self.bars:
@@ -133,7 +147,7 @@ class LiveProgress:
         left = self.pace.seconds_left(job_id, phase, done, total)
         self.progress.update(
             self.bars[job_id],
-            description=f"{escape(label)}: {phase}",
+            description=f"{label}: {phase}",
             completed=done,
             total=total,
             figures=_figures_text(figures, left),
@@ -143,7 +157,8 @@ class LiveProgress:
         bar = self.bars.pop(job_id, None)
         if bar is not None:
             self.progress.remove_task(bar)
-        self.progress.console.print(f"{escape(label)}: {escape(outcome)}", highlight=False)
+        stamp = _duration(time.monotonic() - self.begun)
+        self.progress.console.print(Text(f"[{stamp:>7}] {label}: {outcome}"))
         if self.sweep is not None:
             self.progress.advance(self.sweep)
 

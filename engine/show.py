@@ -1,37 +1,63 @@
-"""Tables for a terminal."""
+"""Tables for a terminal, readable at 80 columns: no lines, short headings, and ids and numbers are never cut."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pandas as pd
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from analysis.results import Results
-from engine.prepare import Prepared
+from engine.lookup import DEGENERATION
+from engine.prepare import Cost, Prepared
 from engine.run import pending_jobs, pending_judge_tasks
 from engine.store import Store
 from engine.tasks import RunJob
 from trainables.errors import StoreError
 
+_ENOUGH_CHARACTERS = 20  # a longer value can be read in a column of this width
+_GAP = 2  # characters between two columns
+
+
+def plain_table(title: str | None = None) -> Table:
+    return Table(
+        title=None if title is None else Text(title, style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, _GAP - 1, 0, 0),  # the box draws one space between columns
+    )
+
+
+def _number_column(table: Table, heading: str, justify: Literal["left", "right"] = "right") -> None:
+    table.add_column(Text(heading), justify=justify, no_wrap=True, vertical="top")
+
 
 def summary_table(results: Results) -> Table:
-    """One line per base and run: every metric with its standard error and count, plain loss, training loss."""
+    """One line per base and run: every metric with its standard error and gaps, plain loss, training loss."""
     frame = results.summary()
     metrics = list(dict.fromkeys(metric for entry in results.manifest.runs for metric in entry.judge_ids))
-    table = Table(title=f"{results.name}: mean ± standard error clustered by question", title_justify="left")
+    metrics.sort(key=lambda metric: metric == DEGENERATION)  # after what it qualifies
+    table = plain_table(f"{results.name}: mean ± standard error clustered by question")
     table.add_column("run", overflow="fold")
     for metric in metrics:
-        table.add_column(metric, justify="right")
-    for column in ("plain loss", "train loss", "answers", "status"):
-        table.add_column(column, justify="right" if column != "status" else "left")
+        _number_column(table, metric)
+    for heading in ("plain\nloss", "train\nloss", "answers"):
+        _number_column(table, heading)
+    _number_column(table, "status", "left")
     for row in frame.to_dict("records"):
         cells = [_estimate(row, metric) for metric in metrics]
         cells += [_number(row["plain_loss"]), _number(row["train_loss"]), _count(row["num_answers"])]
         cells.append(str(row["status"]))
-        table.add_row(str(row["run"]), *cells)
+        table.add_row(*(Text(text) for text in (str(row["run"]), *cells)))
     return table
 
 
@@ -41,7 +67,7 @@ def _estimate(row: Mapping[Hashable, Any], metric: str) -> str:
     text = "-" if pd.isna(mean) else f"{mean:.2f}"
     if not pd.isna(mean) and not pd.isna(error):
         text += f" ± {error:.2f}"
-    return text if pd.isna(missing) or missing == 0 else f"{text} ({missing} missing)"
+    return text if pd.isna(missing) or missing == 0 else f"{text}\n{missing} missing"
 
 
 def _number(value: Any) -> str:
@@ -52,13 +78,13 @@ def _count(value: Any) -> str:
     return "-" if pd.isna(value) else str(int(value))
 
 
-def failures_table(results: Results) -> Table:
+def failures_table(results: Results) -> FrameView:
     """What failed in the last invocation, with the reason."""
     return frame_table(results.failures(), title="failures")
 
 
 def plan_table(prepared: Prepared) -> Table:
-    """Every task group of a sweep with its cost and what is done already."""
+    """Every task group of a sweep with its cost and what is done already. What rows share counts once in the sums."""
     try:
         store = Store.open(prepared.sweep.results)
     except StoreError:
@@ -66,39 +92,85 @@ def plan_table(prepared: Prepared) -> Table:
     pending = set(prepared.jobs) if store is None else set(pending_jobs(prepared, store))
     unjudged = set(prepared.judge_tasks) if store is None else set(pending_judge_tasks(prepared, store))
     side = f"{prepared.num_trials} side by side on {prepared.device}"
-    table = Table(title=f"{prepared.sweep.name}: {len(prepared.jobs)} jobs, {side}", title_justify="left")
-    for column in ("job", "id", "done"):
-        table.add_column(column, overflow="fold")
-    for column in ("steps", "training tokens", "answers", "judgements"):
-        table.add_column(column, justify="right")
+    table = plain_table(f"{prepared.sweep.name}: {len(prepared.jobs)} jobs, {side}")
+    table.add_column("job", overflow="fold")
+    for heading in ("id", "done"):
+        _number_column(table, heading, "left")
+    for heading in ("steps", "training\ntokens", "answers", "judge-\nments"):
+        _number_column(table, heading)
     for job in prepared.jobs.values():
         if not isinstance(job, RunJob):
-            table.add_row(job.label, job.id, _done(job.id not in pending), "", "", "", "")
-    totals = [0, 0, 0, 0]
+            table.add_row(Text(job.label), job.id, _done(job.id not in pending))
     for entry in prepared.manifest.runs:
-        cost = prepared.costs[entry.label]
-        numbers = (cost.num_steps, cost.num_training_tokens, cost.num_answers, cost.num_judgements)
-        totals = [total + number for total, number in zip(totals, numbers, strict=True)]
         done = entry.run_id not in pending and not set(entry.judge_ids.values()) & unjudged
-        table.add_row(entry.label, entry.run_id, _done(done), *(f"{number:,}" for number in numbers))
+        numbers = _numbers(prepared.costs[entry.label])
+        table.add_row(Text(entry.label), entry.run_id, _done(done), *numbers)
     table.add_section()
-    table.add_row("all", "", "", *(f"{total:,}" for total in totals))
+    table.add_row("all", "", "", *_numbers(total_cost(prepared)))
     table.caption = "judgements by rule cost nothing"
+    table.caption_justify = "left"
     return table
+
+
+def total_cost(prepared: Prepared) -> Cost:
+    """What the whole sweep takes: rows that differ in their evaluation alone share the training, and so on."""
+    entries = [(entry, prepared.costs[entry.label]) for entry in prepared.manifest.runs]
+    trainings = {entry.run_id: cost for entry, cost in entries}.values()
+    samples = {entry.sample_id: cost.num_answers for entry, cost in entries}
+    judged = {judge_id: cost.num_answers for entry, cost in entries for judge_id in entry.judge_ids.values()}
+    return Cost(
+        num_steps=sum(cost.num_steps for cost in trainings),
+        num_training_tokens=sum(cost.num_training_tokens for cost in trainings),
+        num_answers=sum(samples.values()),
+        num_judgements=sum(judged.values()),
+    )
+
+
+def _numbers(cost: Cost) -> list[str]:
+    counts = (cost.num_steps, cost.num_training_tokens, cost.num_answers, cost.num_judgements)
+    return [f"{count:,}" for count in counts]
 
 
 def _done(done: bool) -> str:
     return "yes" if done else "no"
 
 
-def frame_table(frame: pd.DataFrame, title: str) -> Table:
+def frame_table(frame: pd.DataFrame, title: str) -> FrameView:
     """Any data frame."""
-    table = Table(title=f"{title}: {len(frame)} rows", title_justify="left")
-    for column in frame.columns:
-        table.add_column(str(column), overflow="fold")
-    for row in frame.itertuples(index=False):
-        table.add_row(*(_cell(value) for value in row))
-    return table
+    return FrameView(frame, title)
+
+
+@dataclass(frozen=True)
+class FrameView:
+    """A data frame as a table, or where the terminal is too narrow for that, row by row with a line per column."""
+
+    frame: pd.DataFrame
+    title: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        names = [str(column) for column in self.frame.columns]
+        rows = [[_cell(value) for value in row] for row in self.frame.itertuples(index=False)]
+        longest = [
+            max(cell_len(line) for text in column for line in text.split("\n"))
+            for column in zip(names, *rows, strict=True)
+        ]
+        yield Text(f"{self.title}: {len(rows)} row{'s' if len(rows) != 1 else ''}", style="bold")
+        if not rows or sum(min(length, _ENOUGH_CHARACTERS) + _GAP for length in longest) - _GAP <= options.max_width:
+            table = plain_table()
+            for name, length in zip(names, longest, strict=True):
+                table.add_column(Text(name), overflow="fold", no_wrap=length <= _ENOUGH_CHARACTERS)
+            for row in rows:
+                table.add_row(*(Text(text) for text in row))
+            yield table
+            return
+        for number, row in enumerate(rows, start=1):
+            yield Text(f"\nrow {number}", style="bold")
+            record = Table.grid(padding=(0, _GAP, 0, 0))
+            record.add_column(no_wrap=True, style="dim")
+            record.add_column(overflow="fold")
+            for name, text in zip(names, row, strict=True):
+                record.add_row(Text(name), Text(text))
+            yield record
 
 
 def _cell(value: Any) -> str:

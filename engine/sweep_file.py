@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from analysis.results import Results
 from engine.cells import SECTIONS, UNLABELLED, FaultyCell, build_cells, cell_key
 from engine.config_faults import nearest, show, validate
 from engine.grid import is_grid
@@ -66,6 +67,21 @@ class Sweep:
     raw: dict[str, Any]
     merged: tuple[Merged, ...] = field(repr=False, compare=False)  # per cell: where its parts stand in the file
     faulty: tuple[FaultyCell, ...] = field(default=(), repr=False, compare=False)  # empty in a sweep without faults
+    overrides: tuple[str, ...] = ()
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, *overrides: str) -> Sweep:
+        """``load_sweep`` for scripts and notebooks: ``Sweep.from_yaml("my.yaml", "training.epochs=1").run()``."""
+        return load_sweep(path, overrides)
+
+    def run(self, address: str | None = None) -> Results:
+        """Do what the file means and is not done yet, with live progress, and return its tables.
+
+        A failed run never stops the others: see ``Results.failures()``. Raises what ``engine.run.run_sweep`` raises.
+        """
+        from engine.run import run_sweep  # which needs this file
+
+        return run_sweep(self.path, self.overrides, address=address).results
 
     def key(self, cell: int, *path: str | int) -> str:
         """Where ``path`` of ``cells[cell]`` stands in the file: ``key(3, "defense", 0, "layer")`` may be
@@ -124,6 +140,7 @@ def check_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep 
         raw=raw,
         merged=tuple(built.merged),
         faulty=tuple(built.faulty),
+        overrides=tuple(overrides),
     )
     return sweep, list(dict.fromkeys(faults))
 

@@ -82,7 +82,12 @@ def test_a_renewed_lease_keeps_its_number_and_moves_its_time(store: Store, monke
     with lease(store) as held:
         first = current_holder(store, "sweep")
         written = threading.Event()
-        monkeypatch.setattr(held, "_write", lambda **how: (Lease._write(held, **how), written.set()))
+
+        def write(*, released: bool) -> None:
+            Lease._write(held, released=released)
+            written.set()
+
+        monkeypatch.setattr(held, "_write", write)
         assert written.wait(20)
         later = current_holder(store, "sweep")
         assert first is not None
@@ -95,7 +100,12 @@ def test_a_driver_whose_lease_was_taken_is_told(store: Store, monkeypatch: pytes
     monkeypatch.setattr(engine.lease, "RENEW_EVERY_S", 0.01)
     told: list[str] = []
     heard = threading.Event()
-    held = Lease(store, "sweep", lost=lambda who: (told.append(who), heard.set())[0])
+
+    def lost(who: str) -> None:
+        told.append(who)
+        heard.set()
+
+    held = Lease(store, "sweep", lost)
     with held:
         put(store, 2, host="elsewhere")
         assert heard.wait(20)

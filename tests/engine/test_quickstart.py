@@ -31,6 +31,11 @@ def shiftgrad(*arguments: str) -> str:
     return done.stdout
 
 
+def number(summary: pd.DataFrame, run: str, column: str) -> float:
+    (value,) = summary.loc[[run], column].astype(float).tolist()
+    return value
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     store = tmp_path_factory.mktemp("a folder with spaces") / "results"
@@ -54,14 +59,14 @@ def test_every_run_and_the_base_are_there_and_complete(summary: pd.DataFrame) ->
 
 @pytest.mark.parametrize("defended", [PPS, INOCULATION])
 def test_the_undefended_run_shows_the_trait_more_than_the_defended(summary: pd.DataFrame, defended: str) -> None:
-    gap = summary.loc[NONE, "trait"] - summary.loc[defended, "trait"]
-    error = math.hypot(summary.loc[NONE, "trait_se"], summary.loc[defended, "trait_se"])
+    gap = number(summary, NONE, "trait") - number(summary, defended, "trait")
+    error = math.hypot(number(summary, NONE, "trait_se"), number(summary, defended, "trait_se"))
     assert gap > 2 * error, f"gap {gap:.3f}, standard error {error:.3f}"
 
 
 def test_the_training_is_what_makes_the_trait(summary: pd.DataFrame) -> None:
-    assert summary.loc["base", "trait"] == 0
-    assert summary.loc[NONE, "trait"] > 0.2
+    assert number(summary, "base", "trait") == 0
+    assert number(summary, NONE, "trait") > 0.2
 
 
 def test_a_second_run_does_nothing(results: Results) -> None:

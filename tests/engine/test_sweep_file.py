@@ -47,7 +47,7 @@ class TestQuickstart:
         ]
         for cell in sweep.cells:
             assert (cell.seed, cell.base.dtype, cell.data.max_length) == (0, "auto", 512)
-            assert (cell.training.epochs, cell.training.batch_size, cell.training.learning_rate) == (3, 8, 1e-3)
+            assert (cell.training.epochs, cell.training.batch_size, cell.training.learning_rate) == (2, 8, 1e-3)
             assert (cell.training.schedule, cell.training.lora.rank, cell.training.lora.alpha) == ("linear", 16, 32)
             assert (cell.evaluation.samples, cell.evaluation.max_new_tokens) == (2, 48)
             assert cell.evaluation.metrics == {"trait": RuleMetric(trait="bridge")}
