@@ -75,6 +75,7 @@ def run(
     console.print(summary_table(outcome.results))
     folder = outcome.results.root / sweep_key(outcome.results.name, "")
     console.print(Text(f"Tables: {folder}"), soft_wrap=True)
+    console.print(Text(f"Report: {folder}report/index.html"), soft_wrap=True)
     if outcome.failures:
         console.print(failures_table(outcome.results))
         console.print("Run the same command again to do just what is missing.")
@@ -157,6 +158,21 @@ def diff(path: SweepFolderArgument, run: RunArgument, other: RunArgument) -> Non
 
     results = load(path)
     Console().print(diff_view(results, find_run(results, run), find_run(results, other)))
+
+
+@app.command()
+def report(path: SweepFolderArgument) -> None:
+    """Make the report of a sweep anew: one HTML page that works offline, figures as PNG and PDF beside it.
+
+    Example: [bold]shiftgrad report results/sweeps/quickstart[/bold]
+    """
+    from analysis.results import load
+    from engine.run import publish_report
+    from engine.store import Store
+
+    results = load(path)
+    page = publish_report(results, Store.open(results.root))
+    Console().print(Text(str(page)), soft_wrap=True)
 
 
 @app.command()

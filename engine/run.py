@@ -6,7 +6,7 @@ import _thread
 import datetime
 import platform
 import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +28,7 @@ from engine.scheduler import Placement, run_graph
 from engine.store import Store
 from engine.tasks import Job, JudgeTask, RunJob
 from engine.work import SweepWork, versions
+from trainables.checkpoint import CheckpointSettings
 
 LOG_TAIL_LINES = 15
 
@@ -130,12 +131,30 @@ def _run_sweep(prepared: Prepared, store: Store, console: Console, session: RayS
         failures_key(prepared.sweep.name),
         {task_id: failure.model_dump(mode="json") for task_id, failure in watcher.failures.items()},
     )
+    results = load(store.path(sweep_key(prepared.sweep.name, "manifest.json")).parent)
+    if jobs or unjudged or not store.exists(report_key(results.name)):
+        publish_report(results, store)
     return Outcome(
-        results=load(store.path(sweep_key(prepared.sweep.name, "manifest.json")).parent),
+        results=results,
         failures=watcher.failures,
         num_done_before=len(prepared.jobs) - len(jobs),
         num_jobs=len(prepared.jobs),
     )
+
+
+def report_key(sweep: str) -> str:
+    """Key of a sweep's report folder."""
+    return sweep_key(sweep, "report")
+
+
+def publish_report(results: Results, store: Store) -> Path:
+    """Make the report of a sweep anew from its tables; returns where its page is."""
+    from analysis.report import write_report  # brings matplotlib, which a sweep with nothing to do need not wait for
+
+    with tempfile.TemporaryDirectory() as scratch:
+        write_report(results, Path(scratch) / "report")
+        store.publish(report_key(results.name), Path(scratch) / "report")
+    return store.path(report_key(results.name)) / "index.html"
 
 
 def pending_jobs(prepared: Prepared, store: Store) -> dict[str, Job]:
@@ -165,7 +184,7 @@ def provenance(prepared: Prepared) -> dict[str, Any]:
     """Where the numbers of this invocation come from."""
     return {
         "sweep_file": prepared.sweep.path.name,
-        "arguments": sys.argv[1:],
+        "arguments": ["run", prepared.sweep.path.name, *prepared.sweep.overrides],
         "started_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "git_revision": _git_revision(),
@@ -218,6 +237,7 @@ def _work(
                 threads=execution.cpus_per_trial,
                 zero_stage=execution.zero_stage,
                 gradient_checkpointing=execution.gradient_checkpointing,
+                checkpoints=CheckpointSettings(execution.checkpoint_every_steps, execution.checkpoint_every_minutes),
             ),
             Placement(
                 num_trials=prepared.num_trials,

@@ -232,12 +232,12 @@ class Store:
 
 
 def _kind(key: str) -> str:
-    """What the failpoints call a key: its table, ``adapter``, ``run``, or else its first part."""
+    """What the failpoints call a key: its table, ``adapter``, ``checkpoint``, ``run``, or else its first part."""
     match key.split("/"):
         case ["tables", table, _]:
             return table
-        case ["runs", _, "adapter"]:
-            return "adapter"
+        case ["runs", _, "adapter" | "checkpoint" as name]:
+            return name
         case ["runs", _, "run.json"]:
             return "run"
         case [first, *_]:

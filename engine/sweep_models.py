@@ -133,7 +133,8 @@ class ExecutionConfig(Config):
     """How the work is placed. Nothing here changes what is computed or is part of any identity.
 
     ``trials``: at most how many trials run side by side; auto: as many as the machine holds. ``gpus_per_trial``
-    auto: one where there is a GPU. ``memory_gb_per_trial`` in 10^9 bytes; None: not counted.
+    auto: one where there is a GPU. ``memory_gb_per_trial`` in 10^9 bytes; None: not counted. A training is checkpointed
+    after every ``checkpoint_every_steps`` optimizer steps and every ``checkpoint_every_minutes``; None: not by that.
     """
 
     trials: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
@@ -143,6 +144,8 @@ class ExecutionConfig(Config):
     zero_stage: Annotated[ZeroStage, BeforeValidator(_no_bool)] = 0
     gradient_checkpointing: bool = False
     max_retries: int = Field(default=1, ge=0)
+    checkpoint_every_steps: int | None = Field(default=None, ge=1)
+    checkpoint_every_minutes: float | None = Field(default=5.0, gt=0)
 
 
 class Cell(Config):

@@ -20,9 +20,11 @@ from analysis.vectors import Vector, difference, random_like, read_vector_header
 from engine.store import Store
 from engine.tasks import DifferenceRecipe, FileRecipe, Job, RunJob, TrainTask, VectorJob, vector_key
 from trainables.base_model import LoadedBase, ResolvedBase, load_base
+from trainables.checkpoint import NO_CHECKPOINTS, CheckpointSettings
 from trainables.deepspeed_driver import ZeroStage
 from trainables.defenses import Message
 from trainables.lora import load_adapter
+from trainables.memory import release_memory
 from trainables.rows import GenerationRow, TrainingRow
 from trainables.sample import Question, sample_answers
 from trainables.train import RunResult, RunSpec, train_pack
@@ -41,6 +43,11 @@ def _base(resolved: ResolvedBase, device: torch.device) -> LoadedBase:
 
 def _utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def checkpoint_key(train_id: str) -> str:
+    """Where a training that is not done keeps its last checkpoint."""
+    return f"runs/{train_id}/checkpoint"
 
 
 @dataclass
@@ -69,6 +76,14 @@ class StoreSink:
         self.store.publish(f"runs/{train_id}/adapter", folder)
         shutil.rmtree(folder)
 
+    def checkpoint(self, train_id: str, folder: Path) -> None:
+        self.store.publish(checkpoint_key(train_id), folder)
+        shutil.rmtree(folder)
+
+    def load_checkpoint(self, train_id: str) -> Path | None:
+        key = checkpoint_key(train_id)
+        return self.store.path(key) if self.store.is_complete(key) else None
+
 
 @dataclass(frozen=True)
 class SweepWork:
@@ -80,16 +95,25 @@ class SweepWork:
     threads: int
     zero_stage: ZeroStage
     gradient_checkpointing: bool
+    checkpoints: CheckpointSettings = NO_CHECKPOINTS
 
     def run(self, job_id: str, report: Report) -> None:
         """Do the job; what it already has in the store is not done again. Raises what the work raises."""
         job = self.jobs[job_id]
-        if isinstance(job, VectorJob):
-            if not self.store.exists(vector_key(job.id)):
-                vector = self._make_vector(job, report)
-                self.store.publish(vector_key(job.id), vector.to_bytes())
-            return
-        sink = StoreSink(self.store, job.id, report)
+        try:
+            if isinstance(job, VectorJob):
+                self._vector(job, report)
+            else:
+                self._run_and_log(job, StoreSink(self.store, job.id, report))
+        finally:
+            release_memory()
+
+    def _vector(self, job: VectorJob, report: Report) -> None:
+        if not self.store.exists(vector_key(job.id)):
+            vector = self._make_vector(job, report)
+            self.store.publish(vector_key(job.id), vector.to_bytes())
+
+    def _run_and_log(self, job: RunJob, sink: StoreSink) -> None:
         try:
             self._run(job, sink)
         except Exception as error:
@@ -119,9 +143,11 @@ class SweepWork:
         model = base.model
         if job.train is not None:
             if self.store.exists(f"runs/{job.id}/run.json"):
+                self.store.remove(checkpoint_key(job.id))  # of an invocation that was killed just before it did so
                 model = load_adapter(base.fresh(), self.store.path(f"runs/{job.id}/adapter"), job.id)
             else:
                 model = self._train(job, job.train, base, sink)
+                release_memory()
         for sample in job.samples:
             if not self.store.exists(f"tables/generations/{sample.id}.parquet"):
                 questions = [Question(question.id, question.text) for question in sample.questions]
@@ -132,6 +158,7 @@ class SweepWork:
                 ):
                     rows += batch
                     sink.progress(phase="sample", done=len(rows), total=total)
+                    release_memory()
                 self.store.publish_table("generations", sample.id, rows)
                 sink.log(f"sampled {len(rows)} answers")
             sink.report(last=True, sampled=sample.id)
@@ -162,9 +189,11 @@ class SweepWork:
             {task.id: sink},
             zero_stage=self.zero_stage,
             gradient_checkpointing=self.gradient_checkpointing,
+            checkpoints=self.checkpoints,
         )
         self.store.publish_table("training", task.id, sink.training_rows)
         self.store.publish_json(f"runs/{task.id}/run.json", self._record(task, result, started))
+        self.store.remove(checkpoint_key(task.id))
         sink.log(f"training done: {result.num_steps} steps, {result.seconds_training:.0f} s")
         return model
 

@@ -9,7 +9,10 @@ from trainables.rows import GenerationRow, TrainingRow
 
 
 class MemorySink:
-    """Keeps what it is given; an adapter's folder as its files' bytes by name."""
+    """Keeps what it is given; a folder (the adapter's, each checkpoint's) as its files' bytes by name.
+
+    ``resume_from``: the folder that a training finds as its checkpoint.
+    """
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -17,6 +20,8 @@ class MemorySink:
         self.rows: list[TrainingRow] = []
         self.answers: list[GenerationRow] = []
         self.files: dict[str, bytes] = {}
+        self.checkpoints: list[dict[str, bytes]] = []
+        self.resume_from: Path | None = None
 
     def log(self, message: str) -> None:
         self.lines.append(message)
@@ -34,3 +39,11 @@ class MemorySink:
     def adapter(self, train_id: str, folder: Path) -> None:
         del train_id
         self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def checkpoint(self, train_id: str, folder: Path) -> None:
+        del train_id
+        self.checkpoints.append({path.name: path.read_bytes() for path in folder.iterdir()})
+
+    def load_checkpoint(self, train_id: str) -> Path | None:
+        del train_id
+        return self.resume_from

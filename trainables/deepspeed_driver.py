@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 ZeroStage = Literal[0, 1, 2]
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_KINDS = ("parameter", *_MOMENTS, "step")
 
 if not torch.cuda.is_available():  # at import: transformers may import DeepSpeed first, which then warns about it
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -77,6 +79,7 @@ class DeepSpeedDriver:
         deepspeed = _deepspeed()
         _ensure_process_group(deepspeed)
         self.runs = {run.name: run for run in runs}
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         optimizer = torch.optim.AdamW(
             [
                 {
@@ -133,9 +136,93 @@ class DeepSpeedDriver:
             group["lr"] = learning_rates[group["run"]]
         self.engine.step()
 
+    def export_run(self, run: str) -> dict[str, torch.Tensor]:
+        """Everything that a run has here between two steps, as copies on the CPU; every worker must call it.
+
+        Keys are ``<kind>:<parameter's name in the model>`` with kinds parameter, exp_avg, exp_avg_sq (full tensors of
+        the parameter's shape, whatever the ZeRO stage) and step (a float32 scalar: AdamW steps done).
+        """
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        stepped = self._stepped(run)
+        state: dict[str, torch.Tensor] = {}
+        for parameter, own in zip(self.runs[run].parameters, stepped, strict=True):
+            name, moments = self._names[id(parameter)], self.optimizer.state[own]
+            values = {"step": moments["step"].to(torch.float32)}
+            if self.zero_stage == 0:
+                values |= {"parameter": parameter.data} | {kind: moments[kind] for kind in _MOMENTS}
+            else:
+                values["parameter"] = safe_get_full_fp32_param(parameter)
+                values |= {kind: safe_get_full_optimizer_state(parameter, kind) for kind in _MOMENTS}
+            state |= {f"{kind}:{name}": values[kind].detach().to("cpu", copy=True).contiguous() for kind in _KINDS}
+        return state
+
+    def import_run(self, run: str, state: Mapping[str, torch.Tensor]) -> None:
+        """Put a run where ``export_run`` found it, at any ZeRO stage and in any pack; between two steps only.
+
+        Raises ValueError, with nothing changed, if ``state`` does not fit the run's parameters.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self._check(run, state)
+        stepped = self._stepped(run)
+        for parameter, own in zip(self.runs[run].parameters, stepped, strict=True):
+            name, moments = self._names[id(parameter)], self.optimizer.state[own]
+            values = {kind: state[f"{kind}:{name}"].to(parameter.device) for kind in _KINDS}
+            moments["step"].copy_(values["step"])
+            # written at every stage: at 1 and 2 the full-precision copy below reaches it only with the next step
+            parameter.data.copy_(values["parameter"])
+            if self.zero_stage == 0:
+                for kind in _MOMENTS:
+                    moments[kind].copy_(values[kind])
+            else:
+                safe_set_full_fp32_param(parameter, values["parameter"])
+                for kind in _MOMENTS:
+                    safe_set_full_optimizer_state(parameter, values[kind], kind)
+
     def close(self) -> None:
         """Give back what DeepSpeed holds. The module keeps its parameters."""
         self.engine.destroy()
+
+    def _stepped(self, run: str) -> list[torch.Tensor]:
+        """For every parameter of the run the tensor that AdamW steps for it, with its state there and linked.
+
+        That is the parameter at stage 0, and one flat partition for all of them at stages 1 and 2. DeepSpeed links
+        parameters to the state of their partition once, after the first step of the FIRST group, when the other
+        groups have none yet; so it is done again here.
+        """
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        (group,) = [group for group in self.optimizer.param_groups if group["run"] == run]
+        for tensor in group["params"]:
+            if not self.optimizer.state[tensor]:  # what AdamW itself begins with
+                zeros = {kind: torch.zeros_like(tensor, requires_grad=False) for kind in _MOMENTS}
+                self.optimizer.state[tensor] = {"step": torch.tensor(0.0, dtype=torch.float32), **zeros}
+        parameters = list(self.runs[run].parameters)
+        if self.zero_stage == 0:
+            return parameters  # type: ignore[return-value]
+        (partition,) = group["params"]
+        lazy_init_hp_params_optimizer_state(parameters, partition, self.optimizer.state)
+        return [partition] * len(parameters)
+
+    def _check(self, run: str, state: Mapping[str, torch.Tensor]) -> None:
+        """Raise ValueError unless ``state`` has exactly this run's tensors."""
+        shapes: dict[str, torch.Size] = {}
+        for parameter in self.runs[run].parameters:
+            name = self._names[id(parameter)]
+            shapes |= {f"{kind}:{name}": torch.Size() if kind == "step" else parameter.shape for kind in _KINDS}
+        found = {name: tensor.shape for name, tensor in state.items()}
+        if found != shapes:
+            wrong = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
+            raise ValueError(
+                f"the state does not fit the adapter of run {run}: {len(wrong)} tensors are missing, unknown or of "
+                f"another shape, among them {wrong[0]}"
+            )
+        steps = {float(tensor) for name, tensor in state.items() if name.startswith("step:")}
+        if self.zero_stage > 0 and len(steps) > 1:
+            raise ValueError(
+                f"parameters of run {run} have done different numbers of steps: only ZeRO stage 0 can go on"
+            )
 
     def _gradients(self, run: str) -> list[tuple[nn.Parameter, torch.Tensor]]:
         from deepspeed.utils import safe_get_full_grad

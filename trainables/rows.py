@@ -56,10 +56,16 @@ class RunSink(Protocol):
         """Say how far the work is: ``done`` of ``total`` units of ``phase``, with figures such as loss."""
 
     def training(self, row: TrainingRow) -> None:
-        """Keep one row of the ``training`` table."""
+        """Keep one row of the ``training`` table. A resumed training gives the rows of its earlier steps again."""
 
     def generations(self, rows: Sequence[GenerationRow]) -> None:
         """Keep sampled answers."""
 
     def adapter(self, train_id: str, folder: Path) -> None:
         """Take a finished adapter in PEFT format; ``folder`` is gone afterwards."""
+
+    def checkpoint(self, train_id: str, folder: Path) -> None:
+        """Keep a checkpoint in place of the run's last one; ``folder`` is gone afterwards."""
+
+    def load_checkpoint(self, train_id: str) -> Path | None:
+        """The folder of the run's last checkpoint, to read only; None if there is none."""

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from trainables.base_model import LoadedBase
 from trainables.chat_data import ChatEncoder, DataConfig, Encoded, encode_all, pad
+from trainables.checkpoint import NO_CHECKPOINTS, CheckpointSettings, resume, save_checkpoint
 from trainables.config import Config
 from trainables.deepspeed_driver import DeepSpeedDriver, RunParameters, ZeroStage
 from trainables.defenses import DefenseConfig, Message, RunRows, SampleKey
@@ -87,19 +88,21 @@ class _Run:
     kept: list[int]
     num_steps: int
     steps_per_epoch: int
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    loss_tokens: list[int] = field(default_factory=list)
-    num_tokens: int = 0
-    seconds: float = 0.0
+    done: list[TrainingRow] = field(default_factory=list)  # a row per optimizer step so far
     order: tuple[int, list[int]] = (-1, [])
 
     def __post_init__(self) -> None:
         self.mechanisms = [item.mechanism(self.spec.vectors) for item in self.spec.defense]
+        self.saved_at = time.monotonic()  # the last checkpoint; at first the start
 
     @property
     def name(self) -> str:
         return self.spec.train_id
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return len(self.done)
 
     @property
     def ended(self) -> bool:
@@ -135,17 +138,17 @@ class _Run:
         return batch
 
     def result(self) -> RunResult:
-        last = slice(max(0, self.num_steps - self.steps_per_epoch), None)
-        weighted = sum(loss * count for loss, count in zip(self.losses[last], self.loss_tokens[last], strict=True))
+        last = self.done[max(0, self.num_steps - self.steps_per_epoch) :]
+        weighted = sum(row.loss * row.num_loss_tokens for row in last)
         return RunResult(
             train_id=self.name,
             num_steps=self.num_steps,
-            num_tokens=self.num_tokens,
-            num_loss_tokens=sum(self.loss_tokens),
+            num_tokens=sum(row.num_tokens for row in self.done),
+            num_loss_tokens=sum(row.num_loss_tokens for row in self.done),
             num_rows=len(self.kept),
-            seconds_training=self.seconds,
-            train_loss_last_epoch=weighted / sum(self.loss_tokens[last]),
-            losses=tuple(self.losses),
+            seconds_training=sum(row.seconds for row in self.done),
+            train_loss_last_epoch=weighted / sum(row.num_loss_tokens for row in last),
+            losses=tuple(row.loss for row in self.done),
             chat_format=self.encoder.describe(),
         )
 
@@ -166,9 +169,11 @@ def train_pack(
     *,
     zero_stage: ZeroStage = 0,
     gradient_checkpointing: bool = False,
+    checkpoints: CheckpointSettings = NO_CHECKPOINTS,
 ) -> tuple[Any, list[RunResult]]:
     """Train every run of ``specs`` and give each adapter to its sink (``sinks`` by train_id).
 
+    A run whose sink has a checkpoint goes on from there, whatever the pack and the ZeRO stage that it was made in.
     Returns the model with all adapters (frozen, evaluation mode, the last one active) and a result per run. Raises
     DataError if a row's response mask cannot be proved and TrainingError if a loss or gradient is not finite or a
     gradient is zero.
@@ -190,8 +195,12 @@ def train_pack(
         zero_stage,
     )
     try:
+        for run in runs:
+            run.done = resume(run.name, run.num_steps, driver, sinks[run.name])
         while active := [run for run in runs if not run.ended]:
             _optimizer_step(base, model, driver, runs, active, parameters, sinks)
+            _save_checkpoints(driver, active, sinks, checkpoints)
+            failpoint(f"after_step:{max(run.step for run in active)}")
     finally:
         driver.close()
     model.eval()
@@ -271,7 +280,18 @@ def _optimizer_step(
             seconds[run.name] + shared_seconds,
             sinks[run.name],
         )
-    failpoint(f"after_step:{max(run.step for run in active)}")
+
+
+def _save_checkpoints(
+    driver: DeepSpeedDriver, stepped: Sequence[_Run], sinks: Mapping[str, RunSink], settings: CheckpointSettings
+) -> None:
+    """Checkpoint those of the runs just stepped that are due, and any that has ended while others go on."""
+    others_go_on = not all(run.ended for run in stepped)
+    for run in stepped:
+        due = settings.due(run.step, time.monotonic() - run.saved_at)
+        if due or (settings.enabled and run.ended and others_go_on):
+            save_checkpoint(run.name, run.done, driver, sinks[run.name])
+            run.saved_at = time.monotonic()
 
 
 def _accumulate(
@@ -337,24 +357,19 @@ def _record(
     sink: RunSink,
 ) -> None:
     num_tokens, num_loss_tokens = counts
-    run.step += 1
-    run.losses.append(loss)
-    run.loss_tokens.append(num_loss_tokens)
-    run.num_tokens += num_tokens
-    run.seconds += seconds
-    sink.training(
-        TrainingRow(
-            train_id=run.name,
-            step=run.step,
-            epoch=run.step / run.steps_per_epoch,
-            loss=loss,
-            gradient_norm=norm,
-            learning_rate=learning_rate,
-            num_tokens=num_tokens,
-            num_loss_tokens=num_loss_tokens,
-            seconds=seconds,
-        )
+    row = TrainingRow(
+        train_id=run.name,
+        step=run.step + 1,
+        epoch=(run.step + 1) / run.steps_per_epoch,
+        loss=loss,
+        gradient_norm=norm,
+        learning_rate=learning_rate,
+        num_tokens=num_tokens,
+        num_loss_tokens=num_loss_tokens,
+        seconds=seconds,
     )
+    run.done.append(row)
+    sink.training(row)
     sink.log(
         f"step {run.step}/{run.num_steps} loss {loss:.4f} gradient norm {norm:.3f} lr {learning_rate:.2e} "
         f"{num_tokens} tokens {seconds:.1f} s"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,6 +40,14 @@ IN_A_TRIAL = [
     "after_publish:generations",
     "after_publish:losses",
 ]
+RESUMED = {  # failpoint -> after which step the next invocation goes on, with a checkpoint every 1 or 2 steps
+    ("after_step:3", 1): 3,
+    ("after_step:3", 2): 2,
+    ("before_publish:checkpoint", 2): None,
+    ("during_publish:checkpoint", 2): None,
+    ("after_publish:checkpoint", 2): 2,
+}
+FIVE_STEPS = "training.max_steps=5"
 IN_A_JUDGE = ["before_publish:scores", "after_publish:scores"]
 IN_THE_DRIVER = ["before_publish:sweeps", "after_publish:sweeps"]
 
@@ -50,12 +59,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path, store: Path, fail_at: str | None = None) -> subprocess.Popen[str]:
+def start(
+    folder: Path, store: Path, fail_at: str | None = None, overrides: Sequence[str] = ()
+) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != ENVIRONMENT_VARIABLE}
     if fail_at is not None:
         environment[ENVIRONMENT_VARIABLE] = fail_at
     return subprocess.Popen(
-        [sys.executable, "-m", "engine.cli", "run", str(folder / "sweep.yaml"), f"results={store}"],
+        [sys.executable, "-m", "engine.cli", "run", str(folder / "sweep.yaml"), f"results={store}", *overrides],
         cwd=PROJECT,
         env=environment,
         text=True,
@@ -74,8 +85,8 @@ def trials_of(driver: int) -> list[psutil.Process]:
     return trials
 
 
-def run_to_end(folder: Path, store: Path, fail_at: str | None = None) -> tuple[int, str]:
-    process = start(folder, store, fail_at)
+def run_to_end(folder: Path, store: Path, fail_at: str | None = None, overrides: Sequence[str] = ()) -> tuple[int, str]:
+    process = start(folder, store, fail_at, overrides)
     printed, _ = process.communicate(timeout=300)
     return process.returncode, printed
 
@@ -113,6 +124,56 @@ def test_a_kill_at_a_failpoint_loses_nothing_but_time(folder: Path, undisturbed:
     assert code == 0, printed
     assert_same_results(results_of(store), undisturbed)
     shutil.rmtree(store)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_five_steps(folder: Path) -> Results:
+    code, printed = run_to_end(folder, folder / "five steps", overrides=[FIVE_STEPS])
+    assert code == 0, printed
+    return results_of(folder / "five steps")
+
+
+def log_of_the_run(results: Results) -> list[str]:
+    (run,) = [entry.run_id for entry in results.manifest.runs if entry.kind == "run"]
+    assert not (results.root / "runs" / run / "checkpoint").exists(), "removed when the run is done"
+    lines = (results.root / "runs" / run / "log.txt").read_text().splitlines()
+    return [line.split(" ", 1)[1] for line in lines]  # without the time
+
+
+def steps_done(log: Sequence[str]) -> list[int]:
+    return [int(line.split()[1].split("/")[0]) for line in log if line.startswith("step ")]
+
+
+@pytest.mark.parametrize(("failpoint", "every"), RESUMED)
+def test_a_training_that_is_killed_goes_on_from_its_checkpoint(
+    folder: Path, undisturbed_five_steps: Results, failpoint: str, every: int
+) -> None:
+    overrides = [FIVE_STEPS, f"execution.checkpoint_every_steps={every}"]
+    store = folder / f"resumed {failpoint.replace(':', '-')} {every}"
+    code, printed = run_to_end(folder, store, failpoint, overrides)
+    assert code == 3, printed
+    code, printed = run_to_end(folder, store, overrides=overrides)
+    assert code == 0, printed
+    log = log_of_the_run(results_of(store))
+    before = 3 if failpoint == "after_step:3" else every
+    after = RESUMED[failpoint, every]
+    assert [line for line in log if line.startswith("resumed")] == (
+        [] if after is None else [f"resumed after step {after}"]
+    )
+    assert steps_done(log) == [*range(1, before + 1), *range((after or 0) + 1, 6)]
+    assert_same_results(results_of(store), undisturbed_five_steps)
+    shutil.rmtree(store)
+
+
+def test_a_retried_trial_goes_on_from_its_checkpoint(folder: Path, undisturbed_five_steps: Results) -> None:
+    """Its new process begins after step 3, so the same failpoint is not reached again."""
+    overrides = [FIVE_STEPS, "execution.checkpoint_every_steps=1", "execution.max_retries=1"]
+    code, printed = run_to_end(folder, folder / "retried", "after_step:3", overrides)
+    assert code == 0, printed
+    log = log_of_the_run(results_of(folder / "retried"))
+    assert "resumed after step 3" in log
+    assert steps_done(log) == [1, 2, 3, 4, 5]
+    assert_same_results(results_of(folder / "retried"), undisturbed_five_steps)
 
 
 def test_a_trial_that_is_killed_is_reported_and_done_by_the_next_invocation(folder: Path, undisturbed: Results) -> None:

@@ -171,6 +171,8 @@ class TestMeaning:
             "zero_stage": 2,
             "gradient_checkpointing": True,
             "max_retries": 0,
+            "checkpoint_every_steps": 10,
+            "checkpoint_every_minutes": None,
         }
         assert files.load(minimal(execution=settings)).execution == ExecutionConfig(**settings)
         assert ExecutionConfig().model_dump() == {
@@ -181,6 +183,8 @@ class TestMeaning:
             "zero_stage": 0,
             "gradient_checkpointing": False,
             "max_retries": 1,
+            "checkpoint_every_steps": None,
+            "checkpoint_every_minutes": 5.0,
         }
 
     def test_keys_of_parts_in_the_users_file(self, files: Files) -> None:
