@@ -85,6 +85,18 @@ def trials_of(driver: int) -> list[psutil.Process]:
     return trials
 
 
+def children_at_work(process: subprocess.Popen[str], store: Path) -> list[psutil.Process]:
+    """All processes below the driver, once the first run has begun."""
+    deadline = time.monotonic() + 200
+    while not any((store / "runs").glob("*/log.txt")):
+        assert process.poll() is None, "the sweep ended before a run began"
+        assert time.monotonic() < deadline, "no run began"
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert trials_of(process.pid)
+    return children
+
+
 def run_to_end(folder: Path, store: Path, fail_at: str | None = None, overrides: Sequence[str] = ()) -> tuple[int, str]:
     process = start(folder, store, fail_at, overrides)
     printed, _ = process.communicate(timeout=300)
@@ -198,16 +210,9 @@ def test_a_trial_that_is_killed_is_reported_and_done_by_the_next_invocation(fold
 def test_sigkill_of_the_driver_leaves_no_process_and_loses_nothing(folder: Path, undisturbed: Results) -> None:
     store = folder / "driver kill"
     process = start(folder, store)
-    children: list[psutil.Process] = []
-    deadline = time.monotonic() + 200
-    while process.poll() is None and time.monotonic() < deadline:
-        children = psutil.Process(process.pid).children(recursive=True)
-        if any((store / "runs").glob("*/log.txt")):
-            break
-        time.sleep(0.05)
+    children = children_at_work(process, store)
     process.kill()
     process.communicate(timeout=60)
-    assert children, "Ray had started"
     # Ray's trials end within seconds; its agents first wait a minute for the lost head to answer
     _, alive = psutil.wait_procs(children, timeout=180)
     assert not alive, "no process outlives its driver"
@@ -219,13 +224,7 @@ def test_sigkill_of_the_driver_leaves_no_process_and_loses_nothing(folder: Path,
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(folder: Path, undisturbed: Results) -> None:
     store = folder / "ctrl c"
     process = start(folder, store)
-    deadline = time.monotonic() + 200
-    children: list[psutil.Process] = []
-    while process.poll() is None and time.monotonic() < deadline:
-        children = psutil.Process(process.pid).children(recursive=True)
-        if any((store / "runs").glob("*/log.txt")):
-            break
-        time.sleep(0.05)
+    children = children_at_work(process, store)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130, printed
