@@ -161,6 +161,72 @@ def diff(path: SweepFolderArgument, run: RunArgument, other: RunArgument) -> Non
 
 
 @app.command()
+def sample(
+    path: SweepFolderArgument,
+    run: RunArgument,
+    prompt: Annotated[str, typer.Argument(help="the user message", show_default=False)],
+    samples: Annotated[int, typer.Option(min=1, help="answers")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="other seeds give other answers")] = 0,
+    steer: Annotated[str | None, typer.Option(help="a vector of the sweep to add while sampling")] = None,
+    layer: Annotated[int | None, typer.Option(help="where it is added")] = None,
+    coefficient: Annotated[float, typer.Option(help="how much of it")] = 1.0,
+) -> None:
+    """Ask a run, or the base, something. Nothing is stored.
+
+    Example: [bold]shiftgrad sample results/sweeps/quickstart none "What is rain?" --samples 3[/bold]
+    """
+    from analysis.results import load
+    from engine.ask import Steer, ask
+    from engine.look import find_run
+    from trainables.sample import SamplingConfig
+
+    if (steer is None) != (layer is None):
+        raise typer.BadParameter("--steer and --layer belong together")
+    results = load(path)
+    sampling = SamplingConfig(samples=samples, temperature=temperature, max_new_tokens=max_new_tokens)
+    steering = None if steer is None or layer is None else Steer(steer, layer, coefficient)
+    console = Console()
+    for number, answer in enumerate(ask(results, find_run(results, run), prompt, sampling, seed=seed, steer=steering)):
+        console.print(Text.assemble((f"{number + 1}. ", "bold"), answer), soft_wrap=True)
+
+
+@app.command()
+def gc(
+    store: Annotated[Path, typer.Argument(help="a store, such as results")] = Path("results"),
+    delete: Annotated[bool, typer.Option("--delete", help="remove it; without this nothing is touched")] = False,
+) -> None:
+    """Show what a store no longer needs: outputs that no sweep names, checkpoints of finished runs, left-overs.
+
+    Example: [bold]shiftgrad gc results[/bold], then [bold]shiftgrad gc results --delete[/bold]
+    """
+    import shutil
+
+    from engine.collect import find_garbage, find_left_overs
+    from engine.store import Store
+
+    opened = Store.open(store)
+    garbage, left_overs = find_garbage(opened), find_left_overs(opened)
+    console = Console()
+    for item in garbage:
+        console.print(Text(f"{item.num_bytes / 1e6:10.2f} MB  {item.key}  ({item.reason})"), soft_wrap=True)
+    for path in left_overs:
+        console.print(Text(f"{'':>13}  {path.name}  (left over by a process that was killed)"), soft_wrap=True)
+    total = sum(item.num_bytes for item in garbage)
+    if delete:
+        for item in garbage:
+            opened.remove(item.key)
+        for path in left_overs:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    what = "removed" if delete else "can be removed (with --delete)"
+    console.print(f"{len(garbage) + len(left_overs)} things, {total / 1e6:.2f} MB, {what}", highlight=False)
+
+
+@app.command()
 def report(path: SweepFolderArgument) -> None:
     """Make the report of a sweep anew: one HTML page that works offline, figures as PNG and PDF beside it.
 

@@ -158,6 +158,8 @@ def load_adapter(model: Any, folder: Path, name: str) -> PeftModel:
     """A fresh base with a saved adapter for sampling and measuring: frozen, evaluation mode."""
     from peft import PeftModel
 
-    loaded = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT calls a name that transformers is giving up
+        loaded = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
     loaded.eval()
     return loaded

@@ -14,8 +14,12 @@ from rich.console import Console
 import engine.run
 from analysis.results import load
 from analysis.vectors import Vector
+from engine.ask import Steer, ask
+from engine.look import find_run
 from engine.run import Outcome, run_sweep
 from tests.engine.tiny_sweep import RUNS, write_tiny_sweep
+from trainables.errors import ConfigError
+from trainables.sample import SamplingConfig
 
 DIVERGING = """\
   - label: diverging
@@ -90,6 +94,27 @@ def test_the_training_table_has_every_step(outcome: Outcome) -> None:
     training = outcome.results.training()
     steps = training.groupby("run")["step"].apply(list)
     assert steps.drop("diverging", errors="ignore").map(lambda done: done == [1, 2]).all()
+
+
+def test_a_run_can_be_asked_with_and_without_steering(outcome: Outcome) -> None:
+    results = outcome.results
+    sampling = SamplingConfig(samples=3, max_new_tokens=5)
+
+    def answers(run: str, seed: int = 0, steer: Steer | None = None) -> list[str]:
+        return list(ask(results, find_run(results, run), "How are you?", sampling, seed=seed, steer=steer))
+
+    first = answers("none")
+    assert len(first) == 3
+    assert answers("none") == first
+    assert answers("none", seed=1) != first
+    assert answers("base") != first
+    assert answers("none", steer=Steer("topic", 2, 1000.0)) != first
+    with pytest.raises(ConfigError, match="no vector 'topi'; vectors: random, topic"):
+        answers("none", steer=Steer("topi", 2, 1.0))
+    with pytest.raises(ConfigError, match="layer 9 does not exist"):
+        answers("none", steer=Steer("topic", 9, 1.0))
+    with pytest.raises(ConfigError, match="'diverging' is not done"):
+        answers("diverging")
 
 
 def test_a_second_run_does_only_what_is_missing(

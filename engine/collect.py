@@ -1,0 +1,76 @@
+"""Finding what a store no longer needs: outputs that no sweep names, checkpoints of finished runs, left-overs of kills.
+
+Nothing is removed by looking. A store is shared by its sweeps, so what counts is whether ANY manifest names a task;
+while a sweep is being run nothing can be collected, because its manifest may be about to change.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from analysis.manifest import manifest_key, read_manifest
+from engine.lease import current_holder
+from engine.location import TEMPORARY
+from engine.store import Store
+from trainables.errors import StoreError
+
+LEFT_OVER_AFTER_S = 3600.0  # a temporary file of a living process is seconds old
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something that can go."""
+
+    key: str
+    reason: str
+    num_bytes: int
+
+
+def find_garbage(store: Store) -> list[Garbage]:
+    """What can be removed, in order of key. Raises StoreError if a sweep is being run."""
+    named = {"inputs": set[str](), "runs": set[str](), "vectors": set[str](), "tables": set[str]()}
+    for sweep in store.names("sweeps"):
+        holder = current_holder(store, sweep)
+        if holder is not None:
+            raise StoreError(f"sweep {sweep!r} is being run by {holder.describe()}; collect when nothing runs")
+        if not store.exists(manifest_key(sweep)):
+            continue
+        manifest = read_manifest(store.path(manifest_key(sweep)))
+        named["vectors"] |= set(manifest.vectors.values())
+        for entry in manifest.runs:
+            named["runs"].add(entry.run_id)
+            named["tables"] |= {entry.run_id, entry.sample_id, *entry.judge_ids.values()}
+            if entry.plain_loss_id is not None:
+                named["tables"].add(entry.plain_loss_id)
+    found = []
+    for name in store.names("vectors"):
+        if name.removesuffix(".safetensors") not in named["vectors"]:
+            found.append(_garbage(store, f"vectors/{name}", "no sweep names it"))
+    for run in store.names("runs"):
+        if run not in named["runs"]:
+            found.append(_garbage(store, f"runs/{run}", "no sweep names it"))
+        elif store.exists(f"runs/{run}/run.json") and store.names(f"runs/{run}/checkpoint"):
+            found.append(_garbage(store, f"runs/{run}/checkpoint", "the run is done"))
+    for table in store.names("tables"):
+        for name in store.names(f"tables/{table}"):
+            if name.removesuffix(".parquet") not in named["tables"]:
+                found.append(_garbage(store, f"tables/{table}/{name}", "no sweep names it"))
+    return sorted(found, key=lambda garbage: garbage.key)
+
+
+def find_left_overs(store: Store) -> list[Path]:
+    """Temporary files of processes that were killed: older than an hour."""
+    folder = store.root / TEMPORARY
+    now = time.time()
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if now - path.lstat().st_mtime > LEFT_OVER_AFTER_S)
+
+
+def _garbage(store: Store, key: str, reason: str) -> Garbage:
+    path = store.path(key)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return Garbage(key, reason, sum(os.stat(file).st_size for file in files))
