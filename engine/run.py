@@ -119,6 +119,7 @@ def run_sweep(
 
 
 def _run_sweep(prepared: Prepared, store: Store, console: Console, session: RaySession) -> Outcome:
+    rows_before = _manifest(prepared.sweep.name, store)
     write_sweep(prepared, store)
     jobs = pending_jobs(prepared, store)
     unjudged = pending_judge_tasks(prepared, store)
@@ -132,7 +133,8 @@ def _run_sweep(prepared: Prepared, store: Store, console: Console, session: RayS
         {task_id: failure.model_dump(mode="json") for task_id, failure in watcher.failures.items()},
     )
     results = load(store.path(sweep_key(prepared.sweep.name, "manifest.json")).parent)
-    if jobs or unjudged or not store.exists(report_key(results.name)):
+    same_rows = rows_before == _manifest(results.name, store)
+    if jobs or unjudged or not same_rows or not store.exists(report_key(results.name)):
         publish_report(results, store)
     return Outcome(
         results=results,
@@ -140,6 +142,10 @@ def _run_sweep(prepared: Prepared, store: Store, console: Console, session: RayS
         num_done_before=len(prepared.jobs) - len(jobs),
         num_jobs=len(prepared.jobs),
     )
+
+
+def _manifest(sweep: str, store: Store) -> bytes | None:
+    return store.read(manifest_key(sweep)) if store.exists(manifest_key(sweep)) else None
 
 
 def report_key(sweep: str) -> str:
