@@ -11,11 +11,14 @@ import datetime
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import psutil
+from pydantic import ValidationError
 
 from analysis.manifest import sweep_key
 from engine.store import Store
@@ -24,6 +27,7 @@ from trainables.errors import StoreError
 
 RENEW_EVERY_S = 15.0
 STALE_AFTER_S = 120.0
+CLOCK_TOLERANCE_S = 5.0
 
 
 class LeaseHeldError(StoreError):
@@ -59,7 +63,8 @@ class Holder(Config):
             return True
         if (self.host, self.boot) == (socket.gethostname(), _boot()):
             try:
-                return psutil.Process(self.pid).create_time() != self.process_started
+                # the kernel counts ticks since its start; when the clock is set, what they mean moves with it
+                return abs(psutil.Process(self.pid).create_time() - self.process_started) > CLOCK_TOLERANCE_S
             except psutil.NoSuchProcess:
                 return True
         return (_now() - self.renewed_utc).total_seconds() > STALE_AFTER_S
@@ -74,9 +79,11 @@ def _now() -> datetime.datetime:
 
 
 def _boot() -> str:
-    """Identity of this start of this machine (or container)."""
+    """Identity of this start of this machine, and of the container whose process numbers we see."""
     path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else str(psutil.boot_time())
+    if not path.exists():
+        return str(psutil.boot_time())
+    return f"{path.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
 def current_holder(store: Store, sweep: str) -> Holder | None:
@@ -91,7 +98,8 @@ def current_holder(store: Store, sweep: str) -> Holder | None:
 class Lease:
     """A context: holds the lease on one sweep. Entering raises LeaseHeldError if a living driver holds it.
 
-    ``lost`` is called, from another thread, if another driver takes the lease (this machine slept for minutes).
+    ``lost`` is called with the reason, from another thread, if the lease is lost: another driver took it while this
+    machine slept, or the store could not be written to for as long as a lease lasts.
     """
 
     def __init__(self, store: Store, sweep: str, lost: Callable[[str], None]) -> None:
@@ -125,17 +133,25 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._renewing.join()
-        if _highest(self.store, self.sweep) == self.number:
-            self._write(released=True)
+        with suppress(StoreError):  # unreleased it is over all the same once this process ends
+            if _highest(self.store, self.sweep) == self.number:
+                self._write(released=True)
 
     def _renew(self) -> None:
+        renewed = time.monotonic()
         while not self._stop.wait(RENEW_EVERY_S):
-            highest = _highest(self.store, self.sweep)
-            if highest != self.number:
-                holder = _read(self.store, self.sweep, highest)
-                self.lost(holder.describe() if holder is not None else "another driver")
-                return
-            self._write(released=False)
+            try:
+                highest = _highest(self.store, self.sweep)
+                if highest != self.number:
+                    holder = _read(self.store, self.sweep, highest)
+                    self.lost(f"taken by {holder.describe() if holder is not None else 'another driver'}")
+                    return
+                self._write(released=False)
+                renewed = time.monotonic()
+            except StoreError as error:  # a full disk or a network that is away: the next try may go through
+                if time.monotonic() - renewed > STALE_AFTER_S:
+                    self.lost(f"not renewed for {STALE_AFTER_S:.0f} s: {error}")
+                    return
 
     def _write(self, *, released: bool) -> None:
         holder = self._holder.model_copy(update={"renewed_utc": _now(), "released": released})
@@ -160,4 +176,7 @@ def _read(store: Store, sweep: str, number: int) -> Holder | None:
     key = _key(sweep, number)
     if not store.exists(key):
         return None
-    return Holder.model_validate_json(store.read(key))
+    try:
+        return Holder.model_validate_json(store.read(key))
+    except ValidationError as error:
+        raise StoreError(f"{key}: not a lease; if nobody runs this sweep, remove it and run again") from error

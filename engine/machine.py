@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,18 +22,19 @@ _ROUNDING = 1e-9  # 1 / 0.1 devices must hold 10 trials of a tenth
 
 @dataclass(frozen=True)
 class Machine:
-    """CPUs and GPUs, and memory in 10^9 bytes. Of a cluster: the sums over its nodes."""
+    """CPUs and GPUs, and memory in 10^9 bytes. Of a cluster: sums over its ``nodes``; a trial fits into one of them."""
 
     num_cpus: int
     num_gpus: float
     memory_gb: float
+    nodes: tuple[Machine, ...] = ()
 
 
 def read_machine(resources: Mapping[str, float] | None = None) -> Machine:
-    """What this process may use; given ``ray.cluster_resources()``, what that cluster offers.
+    """What this process may use; given the resources of a Ray node, what that node offers.
 
     On this machine a CPU counts if the scheduler's affinity and the cgroups' quota (containers) allow it; memory is
-    the smaller of the machine's and the cgroups'. A cluster that declares no memory counts as this machine's.
+    the smaller of the machine's and the cgroups'. A node that declares no memory counts as this machine's.
     """
     if resources is not None:
         declared = resources.get("memory")
@@ -45,6 +46,17 @@ def read_machine(resources: Mapping[str, float] | None = None) -> Machine:
     return Machine(num_cpus=_cpus(), num_gpus=float(torch.cuda.device_count()), memory_gb=_memory_bytes() / _GB)
 
 
+def read_cluster(resources_of_nodes: Sequence[Mapping[str, float]]) -> Machine:
+    """A cluster of nodes with these resources."""
+    nodes = tuple(read_machine(resources) for resources in resources_of_nodes)
+    return Machine(
+        num_cpus=sum(node.num_cpus for node in nodes),
+        num_gpus=sum(node.num_gpus for node in nodes),
+        memory_gb=sum(node.memory_gb for node in nodes),
+        nodes=nodes,
+    )
+
+
 def gpus_per_trial(execution: ExecutionConfig, machine: Machine) -> float:
     """The GPUs that each trial gets: auto is one if there is any."""
     if execution.gpus_per_trial == "auto":
@@ -54,11 +66,22 @@ def gpus_per_trial(execution: ExecutionConfig, machine: Machine) -> float:
 
 def resource_faults(execution: ExecutionConfig, machine: Machine) -> list[Fault]:
     """What one trial asks for that the machine does not have."""
+    if machine.nodes and all(_asked_too_much(execution, node, machine) for node in machine.nodes):
+        nodes = ", ".join(
+            f"{node.num_cpus} CPUs {node.num_gpus:g} GPUs {node.memory_gb:.0f} GB" for node in machine.nodes[:5]
+        )
+        message = f"no node of the cluster can ever hold one trial; its nodes have {nodes}"
+        return [*_asked_too_much(execution, machine, machine), Fault("execution", message)]
+    return [] if machine.nodes else _asked_too_much(execution, machine, machine)
+
+
+def _asked_too_much(execution: ExecutionConfig, machine: Machine, whole: Machine) -> list[Fault]:
+    """What one trial asks for beyond ``machine``; ``whole`` decides how many GPUs ``auto`` is."""
     faults: list[Fault] = []
     if execution.cpus_per_trial > machine.num_cpus:
         message = f"{execution.cpus_per_trial} CPUs asked for; this machine has {machine.num_cpus}"
         faults.append(Fault("execution.cpus_per_trial", message))
-    gpus = gpus_per_trial(execution, machine)
+    gpus = gpus_per_trial(execution, whole)
     if gpus > machine.num_gpus:
         message = f"{gpus:g} GPUs asked for; this machine has {machine.num_gpus:g}"
         faults.append(Fault("execution.gpus_per_trial", message))
@@ -74,17 +97,20 @@ def num_trials(execution: ExecutionConfig, machine: Machine) -> int:
 
     Trials that share a GPU never straddle two of them.
     """
-    fits = [machine.num_cpus // execution.cpus_per_trial]
     gpus = gpus_per_trial(execution, machine)
+    fits = sum(_num_fitting(execution, node, gpus) for node in machine.nodes or (machine,))
+    return max(1, fits if execution.trials == "auto" else min(fits, execution.trials))
+
+
+def _num_fitting(execution: ExecutionConfig, machine: Machine, gpus: float) -> int:
+    fits = [machine.num_cpus // execution.cpus_per_trial]
     if gpus >= 1:
         fits.append(math.floor(machine.num_gpus / gpus))
     elif gpus > 0:
         fits.append(math.floor(machine.num_gpus) * math.floor(1 / gpus + _ROUNDING))
     if execution.memory_gb_per_trial is not None:
         fits.append(math.floor(machine.memory_gb / execution.memory_gb_per_trial + _ROUNDING))
-    if execution.trials != "auto":
-        fits.append(execution.trials)
-    return max(1, min(fits))
+    return min(fits)
 
 
 def _cpus() -> int:

@@ -9,11 +9,12 @@ import sys
 from types import TracebackType
 
 from engine.machine import read_machine
+from trainables.errors import ConfigError, Fault
 
 OBJECT_STORE_BYTES = 200 * 10**6  # only ids, configs and small rows pass through it
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a trial that asked for no GPU sees none
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the store has the tables
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep at once, not after Tune has saved its own state
@@ -40,19 +41,26 @@ class RaySession:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Shut down what was started here; doing it twice does nothing."""
         if self._ours:
             import ray
 
             ray.shutdown()
+            self._ours = False
 
-    def cluster_resources(self) -> dict[str, float] | None:
-        """What the joined cluster offers; None for this machine."""
-        if self.address is None:
+    def nodes(self) -> list[dict[str, float]] | None:
+        """What each living node of the cluster, or of the Ray that the caller started, offers; None if there is
+        none yet and Ray will start on this machine."""
+        if "ray" not in sys.modules:
             return None
         import ray
 
-        resources: dict[str, float] = ray.cluster_resources()
-        return resources
+        if not ray.is_initialized():
+            return None
+        return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
     def start(self, threads: int) -> None:
         """Make Ray ready for trials of ``threads`` threads; doing it twice does nothing."""
@@ -70,8 +78,13 @@ class RaySession:
         }
         runtime_env: dict[str, object] = {"env_vars": environment}
         self._ours = True
+        machine = read_machine()
         if self.address is not None:
-            ray.init(address=self.address, runtime_env=runtime_env, log_to_driver=False)
+            try:
+                ray.init(address=self.address, runtime_env=runtime_env, log_to_driver=False)
+            except ConnectionError as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ConfigError([Fault("--address", f"no cluster answers at {self.address!r}: {reason}")]) from error
         else:
             if shlex.quote(sys.executable) != sys.executable:
                 # Ray 2.60 puts the interpreter's path into a shell command as it is: with a space in it no worker
@@ -79,7 +92,9 @@ class RaySession:
                 runtime_env["py_executable"] = shlex.quote(sys.executable)
             ray.init(
                 address="local",
-                num_cpus=read_machine().num_cpus,
+                num_cpus=machine.num_cpus,
+                # else Ray offers what is free right now, and a trial that the plan allows could wait for ever
+                _memory=int(machine.memory_gb * 1e9),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 logging_level=logging.ERROR,

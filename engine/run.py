@@ -20,7 +20,7 @@ from analysis.manifest import Failure, failures_key, manifest_key, sweep_key
 from analysis.results import Results, load
 from engine.judge_pool import JudgePool
 from engine.lease import Lease
-from engine.machine import read_machine
+from engine.machine import read_cluster, read_machine
 from engine.prepare import Prepared, prepare
 from engine.progress import ProgressView, make_progress
 from engine.ray_session import RaySession
@@ -75,15 +75,30 @@ class _Watcher:
         self.view.job_ended(job_id, self._label(job_id), f"done in {seconds:.0f} s")
 
     def failed(self, job_id: str, reason: str) -> None:
-        self.failures[job_id] = Failure(kind="failed", reason=reason, log_tail=self._log_tail(job_id))
+        failure = Failure(kind="failed", reason=reason, log_tail=self._log_tail(job_id))
+        self._note(self._open_task(job_id), failure)
         self.view.job_ended(job_id, self._label(job_id), f"FAILED: {reason}")
 
     def skipped(self, job_id: str, reason: str) -> None:
-        self.failures[job_id] = Failure(kind="skipped", reason=reason)
+        self._note(self._open_task(job_id), Failure(kind="skipped", reason=reason))
         self.view.job_ended(job_id, self._label(job_id), f"skipped: {reason}")
 
     def judging_failed(self, task_id: str, reason: str) -> None:
-        self.failures[task_id] = Failure(kind="failed", reason=reason)
+        self._note(task_id, Failure(kind="failed", reason=reason))
+
+    def publish_failures(self) -> None:
+        """Written at once, not at the end: a kill must not lose the reasons."""
+        content = {task_id: failure.model_dump(mode="json") for task_id, failure in self.failures.items()}
+        self.store.publish_json(failures_key(self.prepared.sweep.name), content)
+
+    def _note(self, task_id: str, failure: Failure) -> None:
+        self.failures[task_id] = failure
+        self.publish_failures()
+
+    def _open_task(self, job_id: str) -> str:
+        """The task of the job that was at work: the first whose output is missing."""
+        tasks = self.prepared.jobs[job_id].tasks()
+        return next((task_id for task_id, key in tasks if not self.store.exists(key)), job_id)
 
     def _log_tail(self, job_id: str) -> tuple[str, ...]:
         key = f"runs/{job_id}/log.txt"
@@ -107,15 +122,19 @@ def run_sweep(
     """
     console = console or Console()
     with RaySession(address) as session:
-        prepared = prepare(path, overrides, read_machine(session.cluster_resources()))
+        nodes = session.nodes()
+        prepared = prepare(path, overrides, read_cluster(nodes) if nodes else read_machine())
         store = Store.open(prepared.sweep.results, create=True)
 
-        def lost(holder: str) -> None:
-            console.print(f"The lease on this sweep was taken by {holder}; stopping.", style="red")
+        def lost(reason: str) -> None:
+            console.print(f"The lease on this sweep is lost ({reason}); stopping.", style="red", markup=False)
             _thread.interrupt_main()
 
         with Lease(store, prepared.sweep.name, lost):
-            return _run_sweep(prepared, store, console, session)
+            try:
+                return _run_sweep(prepared, store, console, session)
+            finally:
+                session.close()  # while the lease is held: no trial of ours may write beside the next driver's
 
 
 def _run_sweep(prepared: Prepared, store: Store, console: Console, session: RaySession) -> Outcome:
@@ -125,13 +144,10 @@ def _run_sweep(prepared: Prepared, store: Store, console: Console, session: RayS
     unjudged = pending_judge_tasks(prepared, store)
     view = make_progress(console)
     watcher = _Watcher(prepared, store, view)
+    watcher.publish_failures()  # those of an earlier invocation are history
     if jobs or unjudged:
         session.start(prepared.sweep.execution.cpus_per_trial)
         _work(prepared, store, jobs, unjudged, watcher)
-    store.publish_json(
-        failures_key(prepared.sweep.name),
-        {task_id: failure.model_dump(mode="json") for task_id, failure in watcher.failures.items()},
-    )
     results = load(store.path(sweep_key(prepared.sweep.name, "manifest.json")).parent)
     same_rows = rows_before == _manifest(results.name, store)
     if jobs or unjudged or not same_rows or not store.exists(report_key(results.name)):

@@ -134,7 +134,14 @@ class Store:
             try:
                 os.link(temporary, path)
             except FileExistsError:
-                return False
+                return path.read_bytes() == data  # a network file system may repeat a request that went through
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                    raise
+                try:  # no hard links here (exFAT, SMB): the name is taken at once, the content follows
+                    write_new(path, data)
+                except FileExistsError:
+                    return False
             fsync_directory(path.parent)
         return True
 

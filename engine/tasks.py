@@ -95,7 +95,13 @@ class TrainTask(Config):
         seed: int,
     ) -> dict[str, Any]:
         micro = training.micro_batch_size or training.batch_size
-        settled = training.model_copy(update={"micro_batch_size": min(micro, training.batch_size)})
+        update: dict[str, object] = {"micro_batch_size": min(micro, training.batch_size)}
+        if training.max_steps is not None:
+            update["epochs"] = 1.0  # has no say then
+        if training.lora.target_modules is not None:
+            names = tuple(sorted(set(training.lora.target_modules)))
+            update["lora"] = training.lora.model_copy(update={"target_modules": names})
+        settled = training.model_copy(update=update)
         return {
             "kind": "train",
             "semantics": TRAIN_SEMANTICS,
@@ -166,8 +172,12 @@ class VectorJob(Config):
     recipe: VectorRecipe
     parents: tuple[str, ...] = ()
 
+    def tasks(self) -> tuple[tuple[str, str], ...]:
+        """Ids of what the job does, each with the key of what it makes."""
+        return ((self.id, vector_key(self.id)),)
+
     def outputs(self) -> tuple[str, ...]:
-        return (vector_key(self.id),)
+        return tuple(key for _, key in self.tasks())
 
 
 class RunJob(Config):
@@ -184,14 +194,18 @@ class RunJob(Config):
     def parents(self) -> tuple[str, ...]:
         return () if self.train is None else self.train.vector_ids()
 
-    def outputs(self) -> tuple[str, ...]:
-        """Keys that exist when the job is done."""
-        trained = (f"runs/{self.id}/run.json",) if self.train is not None else ()
+    def tasks(self) -> tuple[tuple[str, str], ...]:
+        """Ids of what the job does, in order, each with the key of what it makes."""
+        trained = ((self.id, f"runs/{self.id}/run.json"),) if self.train is not None else ()
         return (
             *trained,
-            *(f"tables/generations/{task.id}.parquet" for task in self.samples),
-            *(f"tables/losses/{task.id}.parquet" for task in self.losses),
+            *((task.id, f"tables/generations/{task.id}.parquet") for task in self.samples),
+            *((task.id, f"tables/losses/{task.id}.parquet") for task in self.losses),
         )
+
+    def outputs(self) -> tuple[str, ...]:
+        """Keys that exist when the job is done."""
+        return tuple(key for _, key in self.tasks())
 
 
 Job: TypeAlias = VectorJob | RunJob

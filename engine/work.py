@@ -8,6 +8,7 @@ import json
 import platform
 import resource
 import shutil
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +18,14 @@ import torch
 
 from analysis.losses import response_losses
 from analysis.vectors import Vector, difference, random_like, read_vector_header
+from engine.location import MARKER
 from engine.store import Store
 from engine.tasks import DifferenceRecipe, FileRecipe, Job, RunJob, TrainTask, VectorJob, vector_key
 from trainables.base_model import LoadedBase, ResolvedBase, load_base
 from trainables.checkpoint import NO_CHECKPOINTS, CheckpointSettings
 from trainables.deepspeed_driver import ZeroStage
 from trainables.defenses import Message
+from trainables.errors import StoreError
 from trainables.lora import load_adapter
 from trainables.memory import release_memory
 from trainables.rows import GenerationRow, TrainingRow
@@ -100,6 +103,11 @@ class SweepWork:
     def run(self, job_id: str, report: Report) -> None:
         """Do the job; what it already has in the store is not done again. Raises what the work raises."""
         job = self.jobs[job_id]
+        if not self.store.exists(MARKER):
+            raise StoreError(
+                f"{socket.gethostname()} does not see the store at {self.store.root}; "
+                "give `results` a folder that all machines of the cluster share"
+            )
         try:
             if isinstance(job, VectorJob):
                 self._vector(job, report)
@@ -142,9 +150,10 @@ class SweepWork:
         base = _base(job.base, torch.device(self.device))
         model = base.model
         if job.train is not None:
-            if self.store.exists(f"runs/{job.id}/run.json"):
+            adapter = f"runs/{job.id}/adapter"
+            if self.store.exists(f"runs/{job.id}/run.json") and self.store.is_complete(adapter):
                 self.store.remove(checkpoint_key(job.id))  # of an invocation that was killed just before it did so
-                model = load_adapter(base.fresh(), self.store.path(f"runs/{job.id}/adapter"), job.id)
+                model = load_adapter(base.fresh(), self.store.path(adapter), job.id)
             else:
                 model = self._train(job, job.train, base, sink)
                 release_memory()

@@ -51,7 +51,9 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradients_nd,) = ctx.saved_tensors
         (upstream_n,) = upstream
-        return gradients_nd * upstream_n[:, None].to(gradients_nd.dtype), None, None, None
+        # in float32: rounding 1 / (number of tokens) to bfloat16 would scale the whole gradient by up to 0.4 %
+        scaled_nd = gradients_nd.to(upstream_n.dtype) * upstream_n[:, None]
+        return scaled_nd.to(gradients_nd.dtype), None, None, None
 
 
 def _loss_dtype(hidden: torch.Tensor) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import engine.lease
 from engine.lease import Holder, Lease, LeaseHeldError, current_holder
 from engine.store import Store
+from trainables.errors import StoreError
 
 
 @pytest.fixture
@@ -126,3 +128,52 @@ def test_only_one_of_many_takes_the_next_number(store: Store) -> None:
     for thread in threads:
         thread.join()
     assert sorted(results) == [False] * 15 + [True]
+
+
+def test_one_error_of_the_store_does_not_end_the_renewing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.lease, "RENEW_EVERY_S", 0.01)
+    held = lease(store)
+    written = threading.Event()
+    tries: list[int] = []
+
+    def write(*, released: bool) -> None:
+        tries.append(1)
+        if len(tries) < 3:
+            raise StoreError("the disk is full")
+        Lease._write(held, released=released)
+        written.set()
+
+    monkeypatch.setattr(held, "_write", write)
+    with held:
+        assert written.wait(20)
+
+
+def test_a_store_that_stays_away_loses_the_lease(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.lease, "RENEW_EVERY_S", 0.01)
+    monkeypatch.setattr(engine.lease, "STALE_AFTER_S", 0.05)
+    told: list[str] = []
+    heard = threading.Event()
+
+    def lost(why: str) -> None:
+        told.append(why)
+        heard.set()
+
+    held = Lease(store, "sweep", lost)
+
+    def write(*, released: bool) -> None:
+        raise StoreError(f"no disk (released {released})")
+
+    monkeypatch.setattr(held, "_write", write)
+    with held:
+        assert heard.wait(20)
+    assert "no disk" in told[0]
+
+
+def test_without_hard_links_a_key_is_still_created_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert store.create("sweeps/x/1.json", b"one")
+    assert not store.create("sweeps/x/1.json", b"two")
+    assert store.read("sweeps/x/1.json") == b"one"

@@ -15,6 +15,8 @@ from engine.lease import Lease
 from engine.look import diff_view, find_run, show_view, status_view
 from engine.machine import read_machine
 from engine.prepare import prepare
+from engine.progress import make_progress
+from engine.run import _Watcher
 from engine.store import Store
 from tests.engine.finished import write_finished
 from tests.engine.tiny_sweep import write_tiny_sweep
@@ -99,3 +101,20 @@ def test_a_sweep_from_python_is_the_sweep_of_the_command_line(
     path = write_tiny_sweep(tmp_path)
     assert Sweep.from_yaml(path, "training.max_steps=1").run() is results
     assert asked == [(path, ("training.max_steps=1",), None)]
+
+
+def test_a_run_that_fails_after_its_training_is_reported_with_the_reason(tmp_path: Path) -> None:
+    prepared = prepare(write_tiny_sweep(tmp_path), (), read_machine())
+    store = write_finished(prepared)
+    entries = [entry for entry in prepared.manifest.runs if entry.label in ("base", "none")]
+    watcher = _Watcher(prepared, store, make_progress(Console(file=io.StringIO())))
+    for entry in entries:
+        store.remove(f"tables/generations/{entry.sample_id}.parquet")
+        watcher.failed(entry.run_id, "out of memory in sampling")
+    found = load(store.root / "sweeps" / "tiny")
+    runs = found.runs().set_index("run")
+    assert runs.loc[["base", "none"], "status"].tolist() == ["failed", "failed"]
+    assert runs.loc[["base", "none"], "reason"].tolist() == ["out of memory in sampling"] * 2
+    failures = found.failures()
+    assert failures["run"].tolist() == ["base", "none"]
+    assert failures["task"].tolist() == ["sample", "sample"]

@@ -16,6 +16,7 @@ from engine.machine import (
     gpus_per_trial,
     memory_limit_bytes,
     num_trials,
+    read_cluster,
     read_machine,
     resource_faults,
 )
@@ -162,3 +163,27 @@ def test_gpus_auto_is_one_where_there_is_one() -> None:
 )
 def test_how_many_fit(settings: dict[str, Any], machine: Machine, expected: int) -> None:
     assert num_trials(ExecutionConfig(**settings), machine) == expected
+
+
+class TestCluster:
+    CLUSTER = read_cluster([{"CPU": 4.0, "memory": 16e9}] * 3 + [{"CPU": 2.0, "GPU": 1.0, "memory": 8e9}])
+
+    def test_it_is_the_sum_of_its_nodes(self) -> None:
+        assert (self.CLUSTER.num_cpus, self.CLUSTER.num_gpus, self.CLUSTER.memory_gb) == (14, 1.0, 56.0)
+
+    def test_a_trial_must_fit_into_one_node(self) -> None:
+        on_cpu = ExecutionConfig(cpus_per_trial=4, gpus_per_trial=0)
+        assert resource_faults(on_cpu, self.CLUSTER) == []
+        (fault,) = resource_faults(ExecutionConfig(cpus_per_trial=5, gpus_per_trial=0), self.CLUSTER)
+        assert fault.key == "execution"
+        assert "no node of the cluster can ever hold one trial" in fault.message
+        assert "4 CPUs 0 GPUs 16 GB" in fault.message
+
+    def test_what_fits_no_single_node_together_is_a_fault(self) -> None:
+        (fault,) = resource_faults(ExecutionConfig(cpus_per_trial=4, gpus_per_trial=1), self.CLUSTER)
+        assert fault.key == "execution"
+
+    def test_trials_are_counted_node_by_node(self) -> None:
+        assert num_trials(ExecutionConfig(cpus_per_trial=3, gpus_per_trial=0), self.CLUSTER) == 3
+        assert num_trials(ExecutionConfig(cpus_per_trial=1), self.CLUSTER) == 1, "auto: one GPU each"
+        assert num_trials(ExecutionConfig(cpus_per_trial=1, gpus_per_trial=0, trials=5), self.CLUSTER) == 5

@@ -135,6 +135,7 @@ class TestTheSameExperiment:
             "execution={trials: 2, cpus_per_trial: 2, memory_gb_per_trial: 3, max_retries: 5}",
             "execution.zero_stage=2",
             "execution.gradient_checkpointing=true",
+            "training.epochs=7",  # max_steps is given
             "training.micro_batch_size=4",
             "training.micro_batch_size=100",
             "training.learning_rate=0.01",
