@@ -92,9 +92,7 @@ def children_at_work(process: subprocess.Popen[str], store: Path) -> list[psutil
         assert process.poll() is None, "the sweep ended before a run began"
         assert time.monotonic() < deadline, "no run began"
         time.sleep(0.05)
-    children = psutil.Process(process.pid).children(recursive=True)
-    assert trials_of(process.pid)
-    return children
+    return psutil.Process(process.pid).children(recursive=True)
 
 
 def run_to_end(folder: Path, store: Path, fail_at: str | None = None, overrides: Sequence[str] = ()) -> tuple[int, str]:
