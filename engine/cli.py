@@ -75,7 +75,7 @@ def run(
     console.print(summary_table(outcome.results))
     folder = outcome.results.root / sweep_key(outcome.results.name, "")
     console.print(Text(f"Tables: {folder}"), soft_wrap=True)
-    console.print(Text(f"Report: {folder}report/index.html"), soft_wrap=True)
+    console.print(Text(f"Report: {folder / 'report' / 'index.html'}"), soft_wrap=True)
     if outcome.failures:
         console.print(failures_table(outcome.results))
         console.print("Run the same command again to do just what is missing.")

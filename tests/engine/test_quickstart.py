@@ -77,6 +77,8 @@ def test_a_second_run_does_nothing(results: Results) -> None:
     before = state()
     printed = shiftgrad("run", "configs/sweeps/quickstart.yaml", f"results={results.root}")
     assert "7 of 7 jobs were done before" in printed
+    (page,) = [line.removeprefix("Report: ") for line in printed.splitlines() if line.startswith("Report: ")]
+    assert Path(page).is_file()
     assert state() == before
 
 
