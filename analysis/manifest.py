@@ -37,6 +37,16 @@ def run_key(run_id: str) -> str:
     return f"runs/{run_id}/run.json"
 
 
+def adapter_key(run_id: str) -> str:
+    """Key of a training's adapter, a directory in PEFT's format."""
+    return f"runs/{run_id}/adapter"
+
+
+def log_key(run_id: str) -> str:
+    """Key of the log of a run or base."""
+    return f"runs/{run_id}/log.txt"
+
+
 class RunEntry(Config):
     """One row of the sweep: a run, or a base that runs start from (which has no training)."""
 

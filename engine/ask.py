@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from analysis.manifest import RunEntry
+from analysis.manifest import RunEntry, adapter_key
 from analysis.results import Results
 from analysis.vectors import Vector
 from engine.machine import read_machine
@@ -52,7 +52,7 @@ def ask(
     if entry.kind == "base" and base_run_id(resolved) != entry.run_id:
         message = f"the sweep's base was {config}; here it is {resolved.revision}, {resolved.dtype}"
         raise ConfigError([Fault("base", message)], "nothing was sampled")
-    adapter = f"runs/{entry.run_id}/adapter"
+    adapter = adapter_key(entry.run_id)
     if entry.kind == "run" and not store.exists(adapter):
         raise ConfigError([Fault("run", f"{entry.label!r} is not done: it has no adapter yet")], "nothing was sampled")
     interventions: list[Intervention] = []

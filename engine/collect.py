@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.manifest import manifest_key, read_manifest
+from analysis.manifest import manifest_key, read_manifest, run_key
 from engine.lease import current_holder
 from engine.location import TEMPORARY
 from engine.store import Store
@@ -52,7 +52,7 @@ def find_garbage(store: Store) -> list[Garbage]:
     for run in store.names("runs"):
         if run not in named["runs"]:
             found.append(_garbage(store, f"runs/{run}", "no sweep names it"))
-        elif store.exists(f"runs/{run}/run.json") and store.names(f"runs/{run}/checkpoint"):
+        elif store.exists(run_key(run)) and store.names(f"runs/{run}/checkpoint"):
             found.append(_garbage(store, f"runs/{run}/checkpoint", "the run is done"))
     for table in store.names("tables"):
         for name in store.names(f"tables/{table}"):

@@ -10,6 +10,7 @@ import ray
 
 from analysis.judges import Item
 from analysis.rows import ScoreRow
+from analysis.tables import table_key
 from engine.store import Store
 from engine.tasks import JudgeTask
 
@@ -28,7 +29,7 @@ class JudgeActor:
 
 async def judge_task(store: Store, task: JudgeTask) -> int:
     """The same without Ray. A task that is done already is not done again."""
-    if store.exists(f"tables/scores/{task.id}.parquet"):
+    if store.exists(table_key("scores", task.id)):
         return 0
     answers = store.read_table("generations", task.sample_id).to_pylist()
     judge = task.metric.make()

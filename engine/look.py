@@ -13,6 +13,7 @@ from rich.text import Text
 from analysis.manifest import RunEntry
 from analysis.results import Results
 from engine.lease import current_holder
+from engine.run import log_lines
 from engine.show import frame_table, plain_table
 from engine.store import Store
 from trainables.errors import ConfigError, Fault
@@ -43,7 +44,7 @@ def status_view(results: Results) -> RenderableType:
     for column in ("run", "id", "status", "last log line"):
         table.add_column(column, no_wrap=column in ("id", "status"), overflow="fold")
     for row in results.runs().to_dict("records"):
-        last = next(reversed(_log_lines(store, str(row["run_id"]))), "")
+        last = next(reversed(log_lines(store, str(row["run_id"]))), "")
         reason = "" if pd.isna(row["reason"]) else str(row["reason"])
         cells = (str(row["run"]), str(row["run_id"]), str(row["status"]), reason or last)
         table.add_row(*(Text(text) for text in cells))
@@ -63,7 +64,7 @@ def show_view(results: Results, entry: RunEntry) -> RenderableType:
     answers = answers[answers["run"] == entry.label].head(NUM_ANSWERS)[["question", "answer"]]
     if len(answers):
         parts.append(frame_table(answers, title="first answers"))
-    lines = _log_lines(store, entry.run_id)[-NUM_LOG_LINES:]
+    lines = log_lines(store, entry.run_id)[-NUM_LOG_LINES:]
     if lines:
         parts.append(Text("\n".join(["last log lines", *lines])))
     return Group(*parts)
@@ -117,8 +118,3 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         return "-" if pd.isna(value) else f"{value:.4g}"
     return str(value)
-
-
-def _log_lines(store: Store, run_id: str) -> list[str]:
-    key = f"runs/{run_id}/log.txt"
-    return store.read(key).decode(errors="replace").splitlines() if store.exists(key) else []

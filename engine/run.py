@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from analysis.manifest import Failure, failures_key, manifest_key, sweep_key
+from analysis.manifest import Failure, failures_key, log_key, manifest_key, sweep_key
 from analysis.results import Results, load
+from analysis.tables import table_key
 from engine.judge_pool import JudgePool
 from engine.lease import Lease
 from engine.machine import read_cluster, read_machine
@@ -101,10 +102,7 @@ class _Watcher:
         return next((task_id for task_id, key in tasks if not self.store.exists(key)), job_id)
 
     def _log_tail(self, job_id: str) -> tuple[str, ...]:
-        key = f"runs/{job_id}/log.txt"
-        if not self.store.exists(key):
-            return ()
-        return tuple(self.store.read(key).decode(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+        return tuple(log_lines(self.store, job_id)[-LOG_TAIL_LINES:])
 
 
 def run_sweep(
@@ -164,6 +162,12 @@ def _manifest(sweep: str, store: Store) -> bytes | None:
     return store.read(manifest_key(sweep)) if store.exists(manifest_key(sweep)) else None
 
 
+def log_lines(store: Store, run_id: str) -> list[str]:
+    """The lines of a run's log; none if it has not begun."""
+    key = log_key(run_id)
+    return store.read(key).decode(errors="replace").splitlines() if store.exists(key) else []
+
+
 def report_key(sweep: str) -> str:
     """Key of a sweep's report folder."""
     return sweep_key(sweep, "report")
@@ -186,9 +190,7 @@ def pending_jobs(prepared: Prepared, store: Store) -> dict[str, Job]:
 
 def pending_judge_tasks(prepared: Prepared, store: Store) -> dict[str, JudgeTask]:
     """Judging tasks whose scores are not in the store."""
-    return {
-        task.id: task for task in prepared.judge_tasks.values() if not store.exists(f"tables/scores/{task.id}.parquet")
-    }
+    return {task.id: task for task in prepared.judge_tasks.values() if not store.exists(table_key("scores", task.id))}
 
 
 def write_sweep(prepared: Prepared, store: Store) -> None:
@@ -248,7 +250,7 @@ def _work(
     try:
         watcher.pool = JudgePool(store, unjudged, watcher.judging_failed)
         for task in unjudged.values():
-            if store.exists(f"tables/generations/{task.sample_id}.parquet"):
+            if store.exists(table_key("generations", task.sample_id)):
                 watcher.pool.submit(task.sample_id)
         run_graph(
             jobs,

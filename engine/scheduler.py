@@ -61,6 +61,7 @@ class _GraphSearcher(_StaysInDriver, Searcher):
 
     def __init__(self, jobs: Mapping[str, Job], watcher: Watcher) -> None:
         super().__init__(metric=None, mode=None)
+        self.jobs = jobs
         self.waiting = dict(jobs)
         self.open = set(jobs)  # not done: a parent that is not open was done before this invocation
         self.lost: dict[str, str] = {}  # failed or skipped -> what to say of it
@@ -88,14 +89,14 @@ class _GraphSearcher(_StaysInDriver, Searcher):
                     self.watcher.skipped(job_id, f"needs {self.lost[lost[0]]}")
                     found = True
 
-    def finish(self, trial_id: str, job: Job | None, reason: str | None) -> None:
+    def finish(self, trial_id: str, reason: str | None) -> None:
         """A trial ended for good; with a ``reason`` its job failed."""
         job_id = self.job_of_trial[trial_id]
         if reason is None:
             self.open.discard(job_id)
             self.watcher.done(job_id)
         else:
-            self.lost[job_id] = f"{job.label if job is not None else job_id}, which failed"
+            self.lost[job_id] = f"{self.jobs[job_id].label}, which failed"
             self.watcher.failed(job_id, reason)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -114,9 +115,8 @@ class _GraphSearcher(_StaysInDriver, Searcher):
 class _Callback(_StaysInDriver, tune.Callback):
     """Passes on what Tune tells about trials."""
 
-    def __init__(self, searcher: _GraphSearcher, jobs: Mapping[str, Job], watcher: Watcher) -> None:
+    def __init__(self, searcher: _GraphSearcher, watcher: Watcher) -> None:
         self.searcher = searcher
-        self.jobs = jobs
         self.watcher = watcher
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -135,11 +135,11 @@ class _Callback(_StaysInDriver, tune.Callback):
         reason = result.get("reason", "no reason was given") if result.get("status") == "failed" else None
         if reason is None and result.get("status") != "done":
             reason = f"the trial ended without a result (last status: {result.get('status')})"
-        self.searcher.finish(trial.trial_id, self.jobs.get(trial.config["job"]), reason)
+        self.searcher.finish(trial.trial_id, reason)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         del iteration, trials, info
-        self.searcher.finish(trial.trial_id, self.jobs.get(trial.config["job"]), _error_text(trial))
+        self.searcher.finish(trial.trial_id, _error_text(trial))
 
 
 def _error_text(trial: Trial) -> str:
@@ -192,6 +192,6 @@ def run_graph(jobs: Mapping[str, Job], work: Work, placement: Placement, watcher
                 storage_path=throw_away,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=placement.max_retries),
-                callbacks=[_Callback(searcher, jobs, watcher)],
+                callbacks=[_Callback(searcher, watcher)],
             ),
         ).fit()

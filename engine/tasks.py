@@ -15,6 +15,8 @@ import json
 from typing import Any, Literal, TypeAlias
 
 from analysis.judges import MetricConfig
+from analysis.manifest import run_key
+from analysis.tables import table_key
 from trainables.base_model import ResolvedBase
 from trainables.chat_data import DataConfig
 from trainables.config import Config, NamesPrompts, NamesVector, referenced
@@ -196,11 +198,11 @@ class RunJob(Config):
 
     def tasks(self) -> tuple[tuple[str, str], ...]:
         """Ids of what the job does, in order, each with the key of what it makes."""
-        trained = ((self.id, f"runs/{self.id}/run.json"),) if self.train is not None else ()
+        trained = ((self.id, run_key(self.id)),) if self.train is not None else ()
         return (
             *trained,
-            *((task.id, f"tables/generations/{task.id}.parquet") for task in self.samples),
-            *((task.id, f"tables/losses/{task.id}.parquet") for task in self.losses),
+            *((task.id, table_key("generations", task.id)) for task in self.samples),
+            *((task.id, table_key("losses", task.id)) for task in self.losses),
         )
 
     def outputs(self) -> tuple[str, ...]:

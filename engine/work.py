@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from analysis.losses import response_losses
-from analysis.vectors import Vector, difference, random_like, read_vector_header
+from analysis.manifest import adapter_key, log_key, run_key
+from analysis.tables import table_key
+from analysis.vectors import Vector, difference, random_like
 from engine.location import MARKER
 from engine.store import Store
 from engine.tasks import DifferenceRecipe, FileRecipe, Job, RunJob, TrainTask, VectorJob, vector_key
@@ -64,7 +66,7 @@ class StoreSink:
     generation_rows: list[GenerationRow] = field(default_factory=list)
 
     def log(self, message: str) -> None:
-        self.store.append_line(f"runs/{self.run_id}/log.txt", f"{_utc_now()} {message}")
+        self.store.append_line(log_key(self.run_id), f"{_utc_now()} {message}")
 
     def progress(self, *, phase: str, done: int, total: int, **figures: float) -> None:
         self.report(last=done == total, phase=phase, units_done=done, units_total=total, **figures)
@@ -76,7 +78,7 @@ class StoreSink:
         self.generation_rows.extend(rows)
 
     def adapter(self, train_id: str, folder: Path) -> None:
-        self.store.publish(f"runs/{train_id}/adapter", folder)
+        self.store.publish(adapter_key(train_id), folder)
         shutil.rmtree(folder)
 
     def checkpoint(self, train_id: str, folder: Path) -> None:
@@ -131,9 +133,7 @@ class SweepWork:
     def _make_vector(self, job: VectorJob, report: Report) -> Vector:
         recipe = job.recipe
         if isinstance(recipe, FileRecipe):
-            path = self.store.path(f"inputs/{recipe.content}")
-            read_vector_header(path)
-            return Vector.read(path)
+            return Vector.read(self.store.path(f"inputs/{recipe.content}"))
         if isinstance(recipe, DifferenceRecipe):
             base = _base(recipe.base, torch.device(self.device))
 
@@ -150,15 +150,15 @@ class SweepWork:
         base = _base(job.base, torch.device(self.device))
         model = base.model
         if job.train is not None:
-            adapter = f"runs/{job.id}/adapter"
-            if self.store.exists(f"runs/{job.id}/run.json") and self.store.is_complete(adapter):
+            adapter = adapter_key(job.id)
+            if self.store.exists(run_key(job.id)) and self.store.is_complete(adapter):
                 self.store.remove(checkpoint_key(job.id))  # of an invocation that was killed just before it did so
                 model = load_adapter(base.fresh(), self.store.path(adapter), job.id)
             else:
                 model = self._train(job, job.train, base, sink)
                 release_memory()
         for sample in job.samples:
-            if not self.store.exists(f"tables/generations/{sample.id}.parquet"):
+            if not self.store.exists(table_key("generations", sample.id)):
                 questions = [Question(question.id, question.text) for question in sample.questions]
                 rows: list[GenerationRow] = []
                 total = len(questions) * sample.sampling.samples
@@ -172,7 +172,7 @@ class SweepWork:
                 sink.log(f"sampled {len(rows)} answers")
             sink.report(last=True, sampled=sample.id)
         for loss in job.losses:
-            if not self.store.exists(f"tables/losses/{loss.id}.parquet"):
+            if not self.store.exists(table_key("losses", loss.id)):
                 losses = response_losses(
                     base, model, self._rows(loss.content), measure_id=loss.id, max_length=loss.max_length
                 )
@@ -201,7 +201,7 @@ class SweepWork:
             checkpoints=self.checkpoints,
         )
         self.store.publish_table("training", task.id, sink.training_rows)
-        self.store.publish_json(f"runs/{task.id}/run.json", self._record(task, result, started))
+        self.store.publish_json(run_key(task.id), self._record(task, result, started))
         self.store.remove(checkpoint_key(task.id))
         sink.log(f"training done: {result.num_steps} steps, {result.seconds_training:.0f} s")
         return model

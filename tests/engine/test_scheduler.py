@@ -46,9 +46,9 @@ def test_a_child_waits_for_its_parent_and_others_do_not() -> None:
     assert graph.suggest("t1") == {"job": "parent"}
     assert graph.suggest("t2") == {"job": "other"}
     assert graph.suggest("t3") is None
-    graph.finish("t2", None, None)
+    graph.finish("t2", None)
     assert graph.suggest("t3") is None
-    graph.finish("t1", None, None)
+    graph.finish("t1", None)
     assert graph.suggest("t3") == {"job": "child"}
     assert graph.suggest("t4") == Searcher.FINISHED
     assert notes.said == [("done", "other"), ("done", "parent")]
@@ -62,7 +62,7 @@ def test_a_parent_that_was_done_before_holds_nobody_back() -> None:
 def test_children_and_grandchildren_of_a_failed_job_are_skipped_with_the_reason() -> None:
     graph, notes = searcher(job("a"), job("b", "a"), job("c", "b"), job("d"))
     assert graph.suggest("t1") == {"job": "a"}
-    graph.finish("t1", job("a"), "no luck")
+    graph.finish("t1", "no luck")
     assert graph.suggest("t2") == {"job": "d"}
     assert graph.suggest("t3") == Searcher.FINISHED
     assert ("failed", "a", "no luck") in notes.said
