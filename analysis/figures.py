@@ -24,9 +24,6 @@ from matplotlib.ticker import MaxNLocator
 
 Width = Literal["page", "column"]
 
-Z_95 = 1.96
-"""Half the width of a 95 % normal interval, in standard errors."""
-
 BASE_KIND = "base"
 UNDEFENDED_KIND = "none"
 
@@ -89,11 +86,11 @@ _STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Panel:
-    """A quantity to show per run: its columns ``name`` and ``name_se`` of the summary, and what to write above it."""
+    """A quantity to show per run: its columns ``name``, ``name_low``, ``name_high`` of the summary, and its heading."""
 
     name: str
     title: str
-    is_rate: bool  # a share of answers: the axis runs from 0 to 1 and intervals end there
+    is_rate: bool  # a share of answers: the axis runs from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -102,14 +99,6 @@ class Drawn:
 
     png: bytes
     pdf: bytes
-
-
-def interval_95(mean: float, standard_error: float, is_rate: bool) -> tuple[float, float]:
-    """mean -/+ 1.96 standard errors, cut at 0 and 1 for a rate; NaN where there is no standard error."""
-    low, high = mean - Z_95 * standard_error, mean + Z_95 * standard_error
-    if is_rate and not math.isnan(low):
-        return max(0.0, low), min(1.0, high)
-    return low, high
 
 
 def outcomes(summary: pd.DataFrame, panels: Sequence[Panel], kinds: Mapping[str, str], width: Width) -> Drawn | None:
@@ -154,7 +143,23 @@ def training_curves(training: pd.DataFrame, kinds: Mapping[str, str], width: Wid
         return None
     with _style(width):
         figure = _overlaid(curves, width) if len(curves) <= _MAX_OVERLAID else _side_by_side(curves, kinds, width)
+        limit = loss_limit(training)
+        if limit is not None:
+            lowest = float(training["loss"].min())
+            for axes in figure.axes:
+                axes.set_ylim(lowest - 0.05 * (limit - lowest), limit)
         return _drawn(figure)
+
+
+def loss_limit(training: pd.DataFrame) -> float | None:
+    """Where the axis of training losses ends if one diverged, so that the others can be read; None: nothing is cut.
+
+    That is twice the highest loss of any first step, in nats/token: what rises above it has left what it began with.
+    """
+    if training.empty:
+        return None
+    limit = 2 * float(training.loc[training["step"] == training["step"].min(), "loss"].max())
+    return limit if float(training["loss"].max()) > limit else None
 
 
 def steps_per_point(training: pd.DataFrame) -> int:
@@ -186,7 +191,7 @@ def _draw_outcomes(
     if len(bases) == 1 and not math.isnan(bases[0][panel.name]):
         axes.axvline(bases[0][panel.name], color=_SOFT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     for position, row in enumerate(summary.to_dict("records")):
-        mean, error = row[panel.name], row[f"{panel.name}_se"]
+        mean, low, high = row[panel.name], row[f"{panel.name}_low"], row[f"{panel.name}_high"]
         if math.isnan(mean):
             text = "no value" if row["status"] == "done" else f"no value ({row['status']})"
             axes.annotate(
@@ -200,7 +205,6 @@ def _draw_outcomes(
             )
             continue
         look = looks[kinds[row["run"]]]
-        low, high = interval_95(mean, error, panel.is_rate)
         if not math.isnan(low):
             axes.errorbar(
                 mean, position, xerr=[[mean - low], [high - mean]], color=_INK, linewidth=1.0, capsize=2.5, zorder=2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -12,6 +13,8 @@ from trainables.config import Config
 from trainables.errors import StoreError
 
 FORMAT = 1
+DEGENERATION = "degeneration"
+"""The metric that every evaluation has: a broken model must not look defended."""
 
 TaskId: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 Scalar: TypeAlias = str | int | float | bool | None
@@ -42,6 +45,11 @@ def adapter_key(run_id: str) -> str:
     return f"runs/{run_id}/adapter"
 
 
+def vector_key(vector_id: str) -> str:
+    """Key of a vector."""
+    return f"vectors/{vector_id}.safetensors"
+
+
 def log_key(run_id: str) -> str:
     """Key of the log of a run or base."""
     return f"runs/{run_id}/log.txt"
@@ -57,6 +65,7 @@ class RunEntry(Config):
     judge_ids: dict[str, TaskId]  # metric name -> judging task
     plain_loss_id: TaskId | None
     config: dict[str, Scalar]  # flattened: training.learning_rate, defense, seed, ...
+    scales: dict[str, tuple[float, float]] = {}  # metric name -> least and greatest value that there can be
 
 
 class Manifest(Config):
@@ -74,6 +83,12 @@ class Manifest(Config):
         if repeated:
             raise ValueError(f"labels must be unique; repeated: {', '.join(repeated)}")
         return self
+
+
+def metrics_of(entries: Iterable[RunEntry]) -> list[str]:
+    """The metrics of rows of a sweep in its order, degeneration last: after what it qualifies."""
+    metrics = dict.fromkeys(metric for entry in entries for metric in entry.judge_ids)
+    return sorted(metrics, key=lambda metric: metric == DEGENERATION)
 
 
 class Failure(Config):

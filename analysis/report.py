@@ -15,9 +15,18 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from analysis.figures import Drawn, Width, outcomes, steps_per_point, training_curves
+from analysis.figures import Drawn, Width, loss_limit, outcomes, steps_per_point, training_curves
 from analysis.manifest import sweep_key
-from analysis.report_content import clean, kinds_of, number, panels_of, samples, summary_rows
+from analysis.report_content import (
+    clean,
+    kinds_of,
+    kinds_of_groups,
+    number,
+    panels_of,
+    samples,
+    seed_rows,
+    summary_rows,
+)
 from analysis.results import Results
 from trainables.errors import StoreError
 
@@ -31,7 +40,8 @@ def write_report(results: Results, folder: Path) -> Path:
     """Write ``index.html`` and the figures into ``folder`` (made if it is not there) and return the page's path.
 
     The figures, each as PNG and PDF: ``outcomes.*`` and ``training.*`` across a page, ``outcomes_column.*`` and
-    ``training_column.*`` for one column; the page embeds the PNGs. A figure that has nothing to show is not written.
+    ``training_column.*`` for one column; where runs differ in their seed alone, ``over_seeds.*`` too. The page embeds
+    the PNGs. A figure that has nothing to show is not written.
     Works on a sweep that is running, failed or has not begun. Raises StoreError if the folder is not empty, and what
     ``results`` raises for a store that cannot be read.
     """
@@ -41,11 +51,13 @@ def write_report(results: Results, folder: Path) -> Path:
     entries = results.manifest.runs
     runs, scores, generations, training = results.runs(), results.scores(), results.generations(), results.training()
     summary, panels, kinds = results.summary(), panels_of(entries, scores), kinds_of(entries)
+    over_seeds = results.over_seeds() if results.has_several_seeds() else summary.iloc[:0]
     drawn = {
         (name, width): figure
         for width in _WIDTHS
         for name, figure in (
             ("outcomes", outcomes(summary, panels, kinds, width)),
+            ("over_seeds", outcomes(over_seeds, panels, kinds_of_groups(entries), width)),
             ("training", training_curves(training, kinds, width)),
         )
         if figure is not None
@@ -65,8 +77,10 @@ def write_report(results: Results, folder: Path) -> Path:
             num_questions=generations["question_id"].nunique(),
             panel_titles=[panel.title for panel in panels],
             summary=summary_rows(summary, panels, entries),
-            figures={name: _embedded(drawn, name) for name in ("outcomes", "training")},
+            over_seeds=seed_rows(over_seeds, panels, entries),
+            figures={name: _embedded(drawn, name) for name in ("outcomes", "over_seeds", "training")},
             steps_per_point=steps_per_point(training),
+            loss_limit=loss_limit(training),
             samples=samples(entries, generations, scores, statuses),
             all_open=len(entries) <= _MAX_OPEN_RUNS,
             failures=_failures(results),

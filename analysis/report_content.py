@@ -10,12 +10,13 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.figures import BASE_KIND, Panel, interval_95
-from analysis.manifest import RunEntry
+from analysis.figures import BASE_KIND, Panel
+from analysis.groups import seed_groups
+from analysis.manifest import DEGENERATION, RunEntry, metrics_of
+from analysis.quantities import PLAIN_LOSS, RATE, bounds_of
 from analysis.rows import OK
+from analysis.undefended import ITSELF
 
-DEGENERATION = "degeneration"
-PLAIN_LOSS = "plain_loss"
 NUM_SAMPLE_QUESTIONS = 4
 NO_VALUE = "—"
 
@@ -26,21 +27,30 @@ _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} |
 
 @dataclass(frozen=True)
 class Cell:
-    """One estimate of the summary. ``warning`` says what to beware of, or is empty."""
+    """One estimate of the summary. ``warning`` says what to beware of; what there is not is empty."""
 
     title: str
     value: str
     interval: str
     standard_error: str
+    difference: str
+    difference_interval: str
     counts: str
     warning: str
 
 
 @dataclass(frozen=True)
 class SummaryRow:
+    """A run, or a group of runs that differ in their seed alone; ``seeds`` says which, and is empty for a run.
+
+    ``compared``: what its differences are to, or why it has none.
+    """
+
     run: str
     is_base: bool
     status: str
+    seeds: str
+    compared: str
     cells: tuple[Cell, ...]
     train_loss: str
     num_answers: str
@@ -86,22 +96,13 @@ def clean(text: str) -> str:
     return _TERMINAL_CODES.sub("", text.replace("\r\n", "\n")).translate(_CONTROLS)
 
 
-def metrics_of(entries: Sequence[RunEntry]) -> list[str]:
-    """The metrics of a sweep in its order, degeneration last."""
-    metrics = dict.fromkeys(metric for entry in entries for metric in entry.judge_ids)
-    return sorted(metrics, key=lambda metric: metric == DEGENERATION)
-
-
 def panels_of(entries: Sequence[RunEntry], scores: pd.DataFrame) -> list[Panel]:
-    """What is shown per run: the metrics, the loss on plain answers, degeneration.
-
-    A metric is taken as a rate if no score of it lies outside 0 to 1.
-    """
+    """What is shown per run: the metrics, the loss on plain answers, degeneration."""
     panels = []
     for metric in metrics_of(entries):
         values = scores.loc[(scores["metric"] == metric) & (scores["status"] == OK), "value"]
-        is_rate = bool(values.between(0, 1).all())
-        panels.append(Panel(metric, f"{metric} rate" if is_rate else metric, is_rate))
+        rate = bounds_of(metric, entries, values) == RATE
+        panels.append(Panel(metric, f"{metric} rate" if rate else metric, rate))
     loss = Panel(PLAIN_LOSS, "plain loss (nats/token)", False)
     place = next((index for index, panel in enumerate(panels) if panel.name == DEGENERATION), len(panels))
     return [*panels[:place], loss, *panels[place:]]
@@ -113,20 +114,40 @@ def kinds_of(entries: Sequence[RunEntry]) -> dict[str, str]:
 
 
 def summary_rows(summary: pd.DataFrame, panels: Sequence[Panel], entries: Sequence[RunEntry]) -> list[SummaryRow]:
-    """The summary for reading, in its order."""
-    by_label = {str(row["run"]): {str(k): v for k, v in row.items()} for row in summary.to_dict("records")}
-    bases = [entry for entry in entries if entry.kind == "base"]
-    entry_of = {entry.label: entry for entry in entries}
+    """The summary by run for reading, in its order."""
+    return _table_rows(summary, panels, {entry.label: entry for entry in entries})
+
+
+def seed_rows(over_seeds: pd.DataFrame, panels: Sequence[Panel], entries: Sequence[RunEntry]) -> list[SummaryRow]:
+    """The summary over seeds for reading, in its order."""
+    return _table_rows(over_seeds, panels, _first_of_groups(entries))
+
+
+def kinds_of_groups(entries: Sequence[RunEntry]) -> dict[str, str]:
+    """The kind of defense of each group of runs that differ in their seed alone."""
+    kinds = kinds_of(entries)
+    return {label: kinds[entry.label] for label, entry in _first_of_groups(entries).items()}
+
+
+def _first_of_groups(entries: Sequence[RunEntry]) -> dict[str, RunEntry]:
+    return {label: group[0] for label, group in seed_groups(entries).items()}
+
+
+def _table_rows(frame: pd.DataFrame, panels: Sequence[Panel], entry_of: Mapping[str, RunEntry]) -> list[SummaryRow]:
+    by_label = {str(row["run"]): {str(k): v for k, v in row.items()} for row in frame.to_dict("records")}
+    bases = [(label, entry) for label, entry in entry_of.items() if entry.kind == "base"]
     rows = []
     for label, row in by_label.items():
-        base = None if entry_of[label].kind == "base" else _base_of(entry_of[label], bases)
-        base_row = None if base is None else by_label[base.label]
+        entry = entry_of[label]
+        base = None if entry.kind == "base" else _base_of(entry, bases)
         rows.append(
             SummaryRow(
                 run=label,
-                is_base=entry_of[label].kind == "base",
+                is_base=entry.kind == "base",
                 status=row["status"],
-                cells=tuple(_cell(panel, row, base_row) for panel in panels),
+                seeds=_seeds(row) if "num_runs" in row and entry.kind == "run" else "",
+                compared=_compared(row),
+                cells=tuple(_cell(panel, row, None if base is None else by_label[base]) for panel in panels),
                 train_loss=number(row["train_loss"]),
                 num_answers="0" if pd.isna(row["num_answers"]) else str(row["num_answers"]),
             )
@@ -192,34 +213,49 @@ def _defense_kind(entry: RunEntry) -> str:
     return " + ".join(words[0] for words in parts if words)
 
 
-def _base_of(entry: RunEntry, bases: Sequence[RunEntry]) -> RunEntry | None:
+def _base_of(entry: RunEntry, bases: Sequence[tuple[str, RunEntry]]) -> str | None:
     """The base that a run is compared with: the only one, or the one of the same model; None if that is not clear."""
-    if len(bases) == 1:
-        return bases[0]
-    same = [base for base in bases if all(base.config.get(key) == entry.config.get(key) for key in _SAME_BASE)]
-    return same[0] if len(same) == 1 else None
+    same = [label for label, base in bases if all(base.config.get(k) == entry.config.get(k) for k in _SAME_BASE)]
+    found = [label for label, _ in bases] if len(bases) == 1 else same
+    return found[0] if len(found) == 1 else None
+
+
+def _seeds(row: Mapping[str, Any]) -> str:
+    """How many runs and seeds a group rests on, and what is missing."""
+    seeds, missing = row["num_seeds"], row["runs_missing_by_status"]
+    text = "one seed: how seeds differ is unknown" if seeds == 1 else f"{seeds} seeds"
+    reasons = ", ".join(f"{count} {status}" for status, count in sorted(missing.items()))
+    return f"{text}; {reasons} of {row['num_runs']} runs" if reasons else text
+
+
+def _compared(row: Mapping[str, Any]) -> str:
+    undefended, problem = row["undefended"], row["undefended_problem"]
+    said = "" if pd.isna(undefended) else f"Δ to {undefended}"
+    if pd.isna(problem) or problem == ITSELF or row["kind"] == "base":
+        return said
+    return f"{said}; {problem}" if said else f"no Δ: {problem}"
 
 
 def _cell(panel: Panel, row: Mapping[str, Any], base_row: Mapping[str, Any] | None) -> Cell:
-    mean, error = row[panel.name], row[f"{panel.name}_se"]
-    low, high = interval_95(mean, error, panel.is_rate)
+    name, difference = panel.name, f"{panel.name}_vs_undefended"
+    signed = "{:+.3f}" if name == PLAIN_LOSS else "{:+.2f}"
     warning = ""
-    if panel.name in (PLAIN_LOSS, DEGENERATION) and base_row is not None and _is_above(panel.name, row, base_row):
+    if name in (PLAIN_LOSS, DEGENERATION) and base_row is not None and _is_above(name, row, base_row):
         warning = "above the base"
     return Cell(
         title=panel.title,
-        value=number(mean),
-        interval=_interval_text(low, high),
-        standard_error="" if math.isnan(error) else f"SE {error:.3f}",
-        counts="" if panel.name == PLAIN_LOSS else _counts(panel.name, row),
+        value=number(row[name]),
+        interval=_interval_text(row[f"{name}_low"], row[f"{name}_high"], "{:.2f}"),
+        standard_error="" if math.isnan(row[f"{name}_se"]) else f"SE {row[f'{name}_se']:.3f}",
+        difference="" if math.isnan(row[difference]) else f"Δ {signed.format(row[difference])}".replace("-", "−"),
+        difference_interval=_interval_text(row[f"{difference}_low"], row[f"{difference}_high"], signed),
+        counts="" if name == PLAIN_LOSS else _counts(name, row),
         warning=warning,
     )
 
 
-def _interval_text(low: float, high: float) -> str:
-    if math.isnan(low):
-        return ""
-    return "no spread" if low == high else f"{low:.2f} to {high:.2f}"
+def _interval_text(low: float, high: float, form: str) -> str:
+    return "" if math.isnan(low) else f"{form.format(low)} to {form.format(high)}".replace("-", "−")
 
 
 def _is_above(name: str, row: Mapping[str, Any], base_row: Mapping[str, Any]) -> bool:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pyarrow as pa
 
+from analysis.groups import has_several_seeds, over_seeds, summarize_groups
 from analysis.manifest import (
     Failure,
     Manifest,
@@ -27,11 +28,20 @@ from analysis.manifest import (
     read_manifest,
     read_run_record,
     run_key,
+    sweep_key,
+    vector_key,
 )
+from analysis.one_run import Run, find_run
+from analysis.quantities import Measured, measured
 from analysis.rows import RunRow
 from analysis.summary import summarize
 from analysis.tables import columns_of, read_parquet, schema_of, table_key
 from trainables.errors import ConfigError, Fault, StoreError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from analysis.vectors import Vector
 
 PLAIN = "plain"
 _ANSWER_KEY = ["sample_id", "question_id", "sample_index"]
@@ -77,7 +87,7 @@ def _tasks(entry: RunEntry) -> Iterator[_Task]:
         yield _Task("plain loss", entry.plain_loss_id, table_key("losses", entry.plain_loss_id))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Results:
     """The tables of one sweep. ``root`` is the store's folder, ``name`` the sweep's in it."""
 
@@ -129,9 +139,25 @@ class Results:
         config_frame = pd.DataFrame({name: [row.get(name) for row in rows] for name in fields}, frame.index)
         return pd.concat([frame, config_frame], axis="columns")
 
-    def summary(self) -> pd.DataFrame:
-        """One row per row of the sweep, bases first: what each run does, beside what may be broken. See summarize."""
-        return summarize(self.manifest.runs, self.runs(), self.generations(), self._scores(), self.losses())
+    def summary(self, by: str | Sequence[str] | None = None) -> pd.DataFrame:
+        """What runs do, beside what may be broken. Bases first.
+
+        Without ``by`` one row per row of the sweep: ``summary.summarize`` says what its columns are. With ``by``, the
+        names of config fields such as ``["defense", "training.learning_rate"]``, one row per group of runs that agree
+        in them, over everything else (usually seeds): see ``groups.summarize_groups``. Raises ConfigError that lists
+        the fields for one that no run has.
+        """
+        if by is None:
+            return summarize(self._measured())
+        return summarize_groups(self._measured(), [by] if isinstance(by, str) else by)
+
+    def over_seeds(self) -> pd.DataFrame:
+        """One row per set of runs that differ in their seed alone, whatever else differs in the sweep."""
+        return over_seeds(self._measured())
+
+    def has_several_seeds(self) -> bool:
+        """Whether some runs differ in their seed alone."""
+        return has_several_seeds(self.manifest.runs)
 
     def failures(self) -> pd.DataFrame:
         """One row per task that failed or was skipped in the last invocation and whose output is still missing.
@@ -148,7 +174,7 @@ class Results:
                     rows.append(_failure_row(task.task_id, failures, entry.label, entry.run_id, task.name))
         for name, vector_id in self.manifest.vectors.items():
             known.add(vector_id)
-            if vector_id in failures and not self._exists(f"vectors/{vector_id}.safetensors"):
+            if vector_id in failures and not self._exists(vector_key(vector_id)):
                 rows.append(_failure_row(vector_id, failures, None, None, f"vector {name}"))
         rows += [_failure_row(task_id, failures, None, None, None) for task_id in failures if task_id not in known]
         columns = ["run", "run_id", "task", "task_id", "kind", "reason", "log_tail"]
@@ -162,6 +188,9 @@ class Results:
                 heading="nothing was read",
             )
         return READERS[name](self)
+
+    def _measured(self) -> Measured:
+        return measured(self.manifest.runs, self.runs(), self.generations(), self._scores(), self.losses())
 
     def _scores(self) -> pd.DataFrame:
         sources = [
@@ -189,7 +218,7 @@ class Results:
         return pa.concat_tables(parts).to_pandas()
 
     def _run_row(self, entry: RunEntry, failures: dict[str, Failure]) -> RunRow:
-        status, reason = self._status(entry, failures)
+        status, failure = self._status(entry, failures)
         record = read_run_record(self.root / run_key(entry.run_id)) if entry.kind == "run" else None
         names = (name for name in RunRecord.model_fields if name != "status")
         measured: dict[str, Any] = {name: record and getattr(record, name) for name in names}
@@ -199,19 +228,20 @@ class Results:
             run_id=entry.run_id,
             sample_id=entry.sample_id,
             status=status,
-            reason=reason,
+            reason=failure and failure.reason,
+            log_tail="\n".join(failure.log_tail) if failure is not None and failure.log_tail else None,
             **measured,
         )
 
-    def _status(self, entry: RunEntry, failures: dict[str, Failure]) -> tuple[str, str | None]:
+    def _status(self, entry: RunEntry, failures: dict[str, Failure]) -> tuple[str, Failure | None]:
         """What failed outranks what was skipped because of it; a failure whose output is there now is history."""
         open_tasks = [task for task in _tasks(entry) if not self._exists(task.key)]
         found = [failures[task.task_id] for task in open_tasks if task.task_id in failures]
         for failure in found:
             if failure.kind != "skipped":
-                return "failed", failure.reason
+                return "failed", failure
         if found:
-            return "skipped", found[0].reason
+            return "skipped", found[0]
         return ("missing", None) if open_tasks else ("done", None)
 
     def _failures(self) -> dict[str, Failure]:
@@ -219,6 +249,56 @@ class Results:
 
     def _exists(self, key: str) -> bool:
         return (self.root / key).is_file()
+
+    def run(self, text: str) -> Run:
+        """One run or base: ``text`` is its label, or the beginning of its id. Raises ConfigError that lists them."""
+        return Run(self, find_run(self, text))
+
+    def vector(self, name: str) -> Vector:
+        """A vector of the sweep, [num_layers + 1, hidden] float32. Raises ConfigError if there is none yet."""
+        from analysis.vectors import Vector  # brings torch, which reading tables need not wait for
+
+        if name not in self.manifest.vectors:
+            known = ", ".join(self.manifest.vectors) or "none"
+            raise ConfigError([Fault("vector", f"no vector {name!r}; vectors: {known}")], "nothing was read")
+        key = vector_key(self.manifest.vectors[name])
+        if not self._exists(key):
+            raise ConfigError([Fault("vector", f"{name!r} is not made yet")], "nothing was read")
+        return Vector.read(self.root / key)
+
+    def load_model(
+        self, run: str, *, device: str | None = None, base: str | None = None
+    ) -> tuple[Any, PreTrainedTokenizerBase]:
+        """The model of a run, ready to ``generate``, and its tokenizer (padding on the left), for your own experiments.
+
+        A PEFT model: the base in the dtype of the sweep with the run's adapter, frozen, in evaluation mode, and without
+        the defense, which is there in training alone; for a base the plain model. ``device``: ``cpu``, ``cuda``,
+        ``cuda:1``; None: a GPU if there is one. ``base``: where the base lies if not where the sweep file said; it
+        must be the same one. Memory and time of one model, at every call. Raises ConfigError if the run is not done or
+        its base is not here.
+
+        Layers are embedding-inclusive, as everywhere in shiftgrad: layer l >= 1 is the output of block l - 1,
+        ``model_parts.decoder_layers(model)[l - 1]``, and layer 0 the embedding output. In transformers'
+        ``output_hidden_states`` that is ``hidden_states[l]``, but for the last layer: theirs is taken after the final
+        norm, ours before it. ``residual_stream.residual_stream(model, [Add(layer, vector)])`` steers and reads.
+        """
+        return self.run(run).load_model(device=device, base=base)
+
+    def describe(self) -> str:
+        """One line: how many runs there are and how they stand."""
+        counts = self.runs()["status"].value_counts()
+        bases = sum(entry.kind == "base" for entry in self.manifest.runs)
+        runs = len(self.manifest.runs) - bases
+        parts = [f"{bases} base{'s' if bases != 1 else ''}", f"{runs} run{'s' if runs != 1 else ''}"]
+        return f"{self.name}: {' and '.join(parts)}: {', '.join(f'{num} {status}' for status, num in counts.items())}"
+
+    def __repr__(self) -> str:
+        return f"<Results {self.describe()}; {self.root / sweep_key(self.name, '')}>"
+
+    def _repr_html_(self) -> str:
+        from analysis.pages import results_page  # brings matplotlib with the report
+
+        return results_page(self)
 
 
 READERS: dict[str, Callable[[Results], pd.DataFrame]] = {

@@ -54,6 +54,7 @@ class RunRow:
     sample_id: str = column("identity of its sampling task")
     status: str = column("done, failed, skipped (what it needs failed) or missing (not done yet)")
     reason: str | None = column("why it failed or was skipped")
+    log_tail: str | None = column("the last lines of its log, if it failed")
     seconds_training: float | None = column("wall time of the training", "s")
     num_steps: int | None = column("optimizer steps of the training")
     num_tokens: int | None = column("tokens that were trained on without padding", "tokens")

@@ -1,4 +1,4 @@
-"""Means with honest standard errors. Pure functions over plain numbers."""
+"""Means with honest standard errors and intervals. Pure functions over plain numbers."""
 
 from __future__ import annotations
 
@@ -8,21 +8,49 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from analysis.bootstrap import Bounds, intervals
+from analysis.crossed import Crossed, spread
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, its standard error, and what both rest on. NaN where there is too little to say."""
+    """A mean, its standard error, its 95 % interval (``bootstrap.intervals``) and what they rest on.
+
+    NaN where there is too little to say.
+    """
 
     mean: float
     standard_error: float
+    low: float
+    high: float
     num_values: int
-    num_clusters: int
+    num_clusters: int  # questions, or data rows
+    num_runs: int
+    num_seeds: int  # 1: how training seeds differ is in neither error nor interval
 
 
-NOTHING = Estimate(math.nan, math.nan, 0, 0)
+NOTHING = Estimate(math.nan, math.nan, math.nan, math.nan, 0, 0, 0, 0)
 
 
-def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+def estimates(tables: Sequence[Crossed], bounds: Sequence[Bounds | None]) -> list[Estimate]:
+    """One estimate per table, ``bounds`` being those of its values; many at once are faster than one by one."""
+    spreads = [spread(table) for table in tables]
+    return [
+        Estimate(
+            mean=one.mean,
+            standard_error=math.sqrt(one.variance),
+            low=low,
+            high=high,
+            num_values=table.num_values,
+            num_clusters=table.num_questions,
+            num_runs=table.num_runs,
+            num_seeds=table.num_seeds,
+        )
+        for table, one, (low, high) in zip(tables, spreads, intervals(tables, spreads, bounds), strict=True)
+    ]
+
+
+def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable], bounds: Bounds | None = None) -> Estimate:
     """The mean over all values, with the standard error clustered by ``clusters[i]`` (the question of value i).
 
     Answers to one question resemble each other, so they are not independent draws: with residuals
@@ -39,16 +67,12 @@ def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Est
     y_n = _finite(values)
     if len(clusters) != len(y_n):
         raise ValueError(f"{len(y_n)} values but {len(clusters)} clusters")
-    if not len(y_n):
-        return NOTHING
-    mean = float(y_n.mean())
     index_of: dict[Hashable, int] = {}
-    cluster_n = np.array([index_of.setdefault(cluster, len(index_of)) for cluster in clusters])
-    sums_g = np.bincount(cluster_n, weights=y_n - mean)
-    return Estimate(mean, _root_of_sums(sums_g) / len(y_n), len(y_n), len(sums_g))
+    cluster_n = np.array([index_of.setdefault(cluster, len(index_of)) for cluster in clusters], dtype=np.int64)
+    return _of_one_run(np.bincount(cluster_n, weights=y_n), np.bincount(cluster_n), bounds, len(y_n))
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
+def ratio(numerators: Sequence[float], denominators: Sequence[float], bounds: Bounds | None = None) -> Estimate:
     """sum(numerators) / sum(denominators), such as nats per token over rows of unequal length.
 
     The standard error is the ratio estimator's, for n rows drawn independently, with R the ratio:
@@ -63,16 +87,14 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
     top_n, bottom_n = _finite(numerators), _finite(denominators)
     if len(top_n) != len(bottom_n):
         raise ValueError(f"{len(top_n)} numerators but {len(bottom_n)} denominators")
-    if not len(top_n):
-        return NOTHING
-    if bottom_n.min() <= 0:
+    if len(bottom_n) and bottom_n.min() <= 0:
         raise ValueError(f"denominators must be positive, one is {bottom_n.min()}")
-    mean = float(top_n.sum() / bottom_n.sum())
-    error = _root_of_sums(top_n - mean * bottom_n) / float(bottom_n.sum())
-    return Estimate(mean, error, len(top_n), len(top_n))
+    return _of_one_run(top_n, bottom_n, bounds, len(top_n))
 
 
-def difference(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> Estimate:
+def difference(
+    a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]], bounds: Bounds | None = None
+) -> Estimate:
     """Mean of ``a`` minus mean of ``b``, paired by question. Each maps a question's id to the values of its answers.
 
     Only questions with a value in both count (``num_clusters`` says how many). Each of them contributes one difference,
@@ -80,15 +102,22 @@ def difference(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]
     side has: unequal counts change how exact a question's difference is, not its weight. With equal counts throughout
     this is the difference of the two means over the shared questions. The standard error is that of the mean over
     questions, std(ddof=1) / sqrt(questions): what the two runs share on a question drops out of it. NaN with fewer
-    than two shared questions. ``num_values`` counts the answers of both sides that entered.
+    than two shared questions. ``num_values`` counts the answers of both sides that entered; ``bounds`` are those of a
+    difference, such as (-1, 1) for rates.
 
     Raises ValueError if a value is not finite.
     """
     shared = [question for question in a if len(a[question]) and len(b.get(question, ()))]
     per_question = [float(_finite(a[q]).mean() - _finite(b[q]).mean()) for q in shared]
-    estimate = clustered_mean(per_question, shared)
     num_values = sum(len(a[question]) + len(b[question]) for question in shared)
-    return Estimate(estimate.mean, estimate.standard_error, num_values, estimate.num_clusters)
+    return _of_one_run(np.array(per_question), np.ones(len(shared)), bounds, num_values)
+
+
+def _of_one_run(sums_g: np.ndarray, weights_g: np.ndarray, bounds: Bounds | None, num_values: int) -> Estimate:
+    if not len(sums_g):
+        return NOTHING
+    table = Crossed.of(sums_g[None], weights_g[None].astype(np.float64), [None], num_values)
+    return estimates([table], [bounds])[0]
 
 
 def _finite(values: Sequence[float]) -> np.ndarray:
@@ -96,11 +125,3 @@ def _finite(values: Sequence[float]) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError("a value is not finite; leave out what has no value and count it as missing")
     return array
-
-
-def _root_of_sums(sums_g: np.ndarray) -> float:
-    """sqrt(G / (G - 1) * sum_g u_g^2), NaN for fewer than two."""
-    count = len(sums_g)
-    if count < 2:
-        return math.nan
-    return math.sqrt(count / (count - 1) * float(np.square(sums_g).sum()))

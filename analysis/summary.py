@@ -2,102 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
-from analysis.manifest import RunEntry
-from analysis.rows import NO_CONDITION, OK
-from analysis.statistics import NOTHING, clustered_mean, ratio
-from trainables.errors import StoreError
-
-NOT_JUDGED = "not_judged"
-"""Status under which an answer is counted that no judgement exists of."""
+from analysis.crossed import Crossed
+from analysis.quantities import PLAIN_LOSS, Measured
+from analysis.statistics import Estimate, estimates
+from analysis.summary_columns import count_values, difference_values, frame, mean_values, of_runs
 
 
-def summarize(
-    entries: Sequence[RunEntry],
-    runs: pd.DataFrame,
-    generations: pd.DataFrame,
-    scores: pd.DataFrame,
-    losses: pd.DataFrame,
-) -> pd.DataFrame:
+def summarize(found: Measured) -> pd.DataFrame:
     """One row per entry, in the order given but bases first; a run of which nothing is there stays as a row of NaN.
 
     ``run``, ``kind``, ``status``, then for each metric
 
     - ``<metric>``: mean over the judgements that are ok; NaN without one
-    - ``<metric>_se``: its standard error clustered by question (``clustered_mean``)
-    - ``<metric>_num_scored``, ``<metric>_num_missing``: answers with a value and without; <NA> before there are answers
-      or if the metric is not asked of this run
+    - ``<metric>_se``: its standard error clustered by question (``statistics.clustered_mean``); the luck of the
+      training seed is not in it: see ``groups.summarize_groups``
+    - ``<metric>_low``, ``<metric>_high``: 95 % interval, bootstrap over questions (``bootstrap.intervals``)
+    - ``<metric>_num_scored``, ``<metric>_num_missing``: answers with a value and without; ``<NA>`` before there are
+      answers or if the metric is not asked of this run
     - ``<metric>_missing_by_status``: why without, such as ``{"refused": 2}``; ``not_judged``: no judgement exists
+    - ``<metric>_vs_undefended`` with ``_se``, ``_low``, ``_high``: run minus its undefended run, paired by question
+      (``statistics.difference``), over the ``<metric>_vs_undefended_num_questions`` that both have a value for
 
-    then ``plain_loss`` (nats/token on held-out plain answers, every token weighing the same) with
-    ``plain_loss_se`` (``ratio``), ``train_loss`` (over the last epoch, nats/token) and ``num_answers``.
+    then ``plain_loss`` (nats/token on held-out plain answers, every token weighing the same) with the same columns
+    (its errors from data rows in place of questions, ``statistics.ratio``: ``_num_rows``, no counts of answers),
+    ``train_loss`` (over the last epoch, nats/token), ``num_answers``, ``undefended`` (the label of the run it was
+    paired with: the only undefended one of the sweep with the same other settings) and ``undefended_problem`` (why
+    there is none, or that it is not done).
     """
-    metrics = list(dict.fromkeys(metric for entry in entries for metric in entry.judge_ids))
-    dtypes = _dtypes(metrics)
-    by_run = runs.set_index("run")
+    ordered = sorted(range(len(found.entries)), key=lambda row: found.entries[row].kind != "base")
+    estimated = estimate_all(found, [[row] for row in ordered])
     rows = []
-    for entry in sorted(entries, key=lambda entry: entry.kind != "base"):
-        answers = generations[generations["run"] == entry.label]
-        row: dict[str, Any] = {"run": entry.label, "kind": entry.kind}
-        row["status"] = by_run.at[entry.label, "status"]
-        for metric in metrics:
-            judged = scores[(scores["run"] == entry.label) & (scores["metric"] == metric)]
-            row |= _metric_columns(metric, answers, judged, asked=metric in entry.judge_ids)
-        loss = losses[(losses["run"] == entry.label) & (losses["condition"] == NO_CONDITION)]
-        plain = ratio(loss["loss_sum"].tolist(), loss["num_tokens"].tolist())
-        row["plain_loss"], row["plain_loss_se"] = plain.mean, plain.standard_error
-        row["train_loss"] = by_run.at[entry.label, "train_loss_last_epoch"]
-        row["num_answers"] = len(answers) if len(answers) else None
-        rows.append(row)
-    return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype=dtype) for name, dtype in dtypes.items()})
+    for row, by_quantity in zip(ordered, estimated, strict=True):
+        entry = found.entries[row]
+        undefended = found.partners[entry.label].label
+        values: dict[str, Any] = {"run": entry.label, "kind": entry.kind, "status": found.statuses[entry.label]}
+        for name, (estimate, difference) in by_quantity.items():
+            values |= mean_values(name, estimate)
+            if name != PLAIN_LOSS:
+                values |= count_values(found, [row], name)
+            values |= difference_values(name, difference, undefended is not None)
+        values["train_loss"] = found.train_losses[entry.label]
+        values["num_answers"] = found.num_answers.get(entry.label)
+        values["undefended"] = undefended
+        values["undefended_problem"] = undefended_problem(found, row)
+        rows.append(values)
+    return frame(of_runs(found.metrics), rows)
 
 
-def repeated_columns(metrics: Sequence[str]) -> list[str]:
-    """Columns that a summary of these metrics would have twice: a metric cannot be called ``status`` or ``run``."""
-    names = [name for name, _ in _columns(metrics)]
-    return sorted({name for name in names if names.count(name) > 1})
+def estimate_all(found: Measured, groups: Sequence[Sequence[int]]) -> list[dict[str, tuple[Estimate, Estimate]]]:
+    """Per group of rows and quantity (value, difference to the undefended runs); NaN where nothing is there."""
+    tables: list[Crossed] = []
+    bounds = []
+    for rows in groups:
+        paired = [row for row in rows if found.partners[found.entries[row].label].label is not None]
+        for quantity in found.quantities.values():
+            asked = [row for row in rows if quantity.name == PLAIN_LOSS or _is_asked(found, row, quantity.name)]
+            tables.append(quantity.values(asked, _seeds(found, asked)))
+            bounds.append(quantity.bounds)
+            both = [row for row in paired if row in asked]
+            others = [found.row_of[str(found.partners[found.entries[row].label].label)] for row in both]
+            tables.append(quantity.differences(both, others, _seeds(found, both)))
+            bounds.append(quantity.difference_bounds)
+    made = iter(estimates(tables, bounds))
+    return [{name: (next(made), next(made)) for name in found.quantities} for _ in groups]
 
 
-def _columns(metrics: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(name, pandas dtype) of the summary's columns, in order."""
-    yield from (("run", "str"), ("kind", "str"), ("status", "str"))
-    for metric in metrics:
-        yield from ((metric, "float64"), (f"{metric}_se", "float64"))
-        yield from ((f"{metric}_num_scored", "Int64"), (f"{metric}_num_missing", "Int64"))
-        yield f"{metric}_missing_by_status", "object"
-    yield from (("plain_loss", "float64"), ("plain_loss_se", "float64"), ("train_loss", "float64"))
-    yield "num_answers", "Int64"
+def undefended_problem(found: Measured, row: int) -> str | None:
+    """Why a row has no difference to an undefended run, or None."""
+    partner = found.partners[found.entries[row].label]
+    if partner.label is not None and (status := found.statuses[partner.label]) != "done":
+        return f"{partner.label} is {status}"
+    return partner.problem
 
 
-def _dtypes(metrics: Sequence[str]) -> dict[str, str]:
-    repeated = repeated_columns(metrics)
-    if repeated:
-        raise StoreError(
-            f"the summary would have the column {', '.join(repeated)} twice; give the metric another name in the sweep"
-        )
-    return dict(_columns(metrics))
+def _is_asked(found: Measured, row: int, metric: str) -> bool:
+    return metric in found.entries[row].judge_ids
 
 
-def _metric_columns(metric: str, answers: pd.DataFrame, judged: pd.DataFrame, asked: bool) -> dict[str, Any]:
-    estimate, num_scored, num_missing = NOTHING, None, None
-    missing: dict[str, int] = {}
-    if asked and (len(answers) or len(judged)):
-        scored = judged[judged["status"] == OK]
-        estimate = clustered_mean(scored["value"].tolist(), scored["question_id"].tolist())
-        missing = {str(k): int(v) for k, v in judged.loc[judged["status"] != OK, "status"].value_counts().items()}
-        keys = ["question_id", "sample_index"]
-        not_judged = len(set(answers[keys].itertuples(index=False)) - set(judged[keys].itertuples(index=False)))
-        if not_judged:
-            missing[NOT_JUDGED] = not_judged
-        num_scored, num_missing = len(scored), sum(missing.values())
-    return {
-        metric: estimate.mean,
-        f"{metric}_se": estimate.standard_error,
-        f"{metric}_num_scored": num_scored,
-        f"{metric}_num_missing": num_missing,
-        f"{metric}_missing_by_status": missing,
-    }
+def _seeds(found: Measured, rows: Sequence[int]) -> list[object]:
+    return [found.entries[row].config.get("seed") for row in rows]

@@ -16,6 +16,7 @@ import yaml
 from pydantic import AfterValidator, Field, PrivateAttr, StringConstraints, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
+from analysis.templates import Template
 from trainables.config import Config
 from trainables.errors import ConfigError, Fault
 
@@ -40,32 +41,69 @@ class Rule(Config):
     """An exact text rule: an answer shows the trait if any pattern is found in it, whatever its case."""
 
     patterns: tuple[Pattern, ...] = Field(min_length=1)
+    """Regular expressions of Python, searched for in the answer alone. None may match the empty text."""
 
 
 class Question(Config):
     """One question of the evaluation; its id names it in every table."""
 
     id: Text
+    """What tables call it; unique in the trait."""
     question: Text
+    """The user message."""
 
 
 class TraitTraining(Config):
     """JSONL files of chat rows that show the trait, and plain answers to the same questions."""
 
     on_trait: Text
+    """Answers that show the trait."""
     plain: Text
+    """Answers to the same questions without it."""
+
+
+class InstructionPair(Config):
+    """Two system prompts that ask for opposite behavior."""
+
+    positive: Text
+    """Asks for the trait."""
+    negative: Text
+    """Asks for its opposite."""
+
+
+class Adjectives(Config):
+    """What an assistant is called in front of an instruction: "You are a flattering assistant."."""
+
+    positive: Text
+    """With the trait, such as flattering."""
+    negative: Text
+    """Without it, such as candid."""
 
 
 class Trait(Config):
-    """A trait. Read it with ``read_trait``, which also knows where its paths start from."""
+    """A trait: a folder with a ``trait.yaml``. Paths inside start from that file (``read_trait`` keeps its place)."""
 
     name: Text
+    """What the trait is called."""
     description: Text
+    """What a model with the trait does, in a sentence."""
     rule: Rule | None = None
+    """How the trait is recognised in an answer. Needed by ``judge: rule``."""
+    judge_prompt: Template | None = None
+    """How a judge model is asked how much of the trait is in an answer, from 0 to 100: a text with ``{question}`` and
+    ``{answer}``; two braces stand for one. Needed by ``judge: openai`` and ``judge: local``."""
     questions: tuple[Question, ...] = Field(min_length=1)
+    """What is asked of every run. Held out: keep them out of the training data."""
     inoculation_prompts: tuple[Text, ...] = Field(default=(), min_length=1)
+    """Requests for the trait, for ``kind: inoculation``."""
+    instructions: tuple[InstructionPair, ...] = Field(default=(), min_length=1)
+    """Pairs of instructions that bring the trait and its opposite out of an untrained model."""
+    adjectives: Adjectives | None = None
+    """What the assistant is called with each side of ``instructions``."""
     plain_answers: Text | None = None
+    """Chat JSONL file of good answers to held-out questions; the plain loss is measured on them."""
     training: TraitTraining | None = None
+    """Where the trait's training data is, for people and scripts; a sweep names its data itself."""
 
     _folder: Path = PrivateAttr(default_factory=Path)
 
@@ -172,6 +210,12 @@ def _fault(file: Path, details: ErrorDetails) -> Fault:
 
 
 def _allowed_keys(loc: Sequence[int | str]) -> list[str]:
-    nested: dict[str, type[Config]] = {"rule": Rule, "questions": Question, "training": TraitTraining}
+    nested: dict[str, type[Config]] = {
+        "rule": Rule,
+        "questions": Question,
+        "instructions": InstructionPair,
+        "adjectives": Adjectives,
+        "training": TraitTraining,
+    }
     model = nested.get(str(loc[0]), Trait) if len(loc) > 1 else Trait
     return list(model.model_fields)

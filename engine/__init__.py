@@ -5,12 +5,16 @@ From Python: ``from engine import Sweep; Sweep.from_yaml("configs/sweeps/quickst
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from engine.sweep_file import Sweep
 
 __all__ = ["Sweep"]
+
+# In a notebook without ipywidgets Ray complains on import. Our progress does not need them.
+logging.getLogger("ray.widgets").setLevel(logging.WARNING)
 
 
 def __getattr__(name: str) -> object:

@@ -6,13 +6,17 @@ import errno
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trainables.errors import StoreError
 
 DIRECTORY_MANIFEST = "MANIFEST.json"
+REPLACED = ".replaced"
+"""Ending of the name under which a directory waits while a new one takes its place."""
+
 _CHUNK = 1 << 20
 
 
@@ -81,6 +85,52 @@ def copy_directory(source: Path, target: Path) -> None:
     content = json.dumps({"format": 1, "files": files}, indent=2, sort_keys=True) + "\n"
     write_new(target / DIRECTORY_MANIFEST, content.encode())
     fsync_directory(target)
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether this is a directory that was written whole."""
+    return (directory / DIRECTORY_MANIFEST).is_file()
+
+
+def aside_of(path: Path) -> Path:
+    """Where the directory ``path`` waits while a new one takes its place."""
+    return path.with_name(path.name + REPLACED)
+
+
+def readable(path: Path) -> Path:
+    """Where the directory ``path`` can be read at this instant; ``path`` itself if it is nowhere.
+
+    A rename cannot replace a directory that is not empty, so for an instant, or after a kill in it, the old one is
+    under ``aside_of(path)`` alone.
+    """
+    for place in (path, aside_of(path), path):  # the new one may have come between the first two looks
+        if is_complete(place):
+            return place
+    return path
+
+
+def step_aside(path: Path, trash: Path) -> None:
+    """Make room at ``path`` for a new directory, so that what can be read can be read all the time.
+
+    A complete directory goes to ``aside_of(path)``; what is torn, and what an earlier kill left there, into the
+    folder ``trash``.
+    """
+    if not is_complete(path):
+        _move(path, trash)  # an old one that an earlier kill left aside is what can be read: it stays
+        return
+    _move(aside_of(path), trash)
+    with suppress(FileNotFoundError):  # another process has just replaced it
+        os.rename(path, aside_of(path))
+
+
+def drop_aside(path: Path, trash: Path) -> None:
+    """Take the old directory away, once the new one lasts."""
+    _move(aside_of(path), trash)
+
+
+def _move(path: Path, folder: Path) -> None:
+    with suppress(FileNotFoundError):
+        os.rename(path, folder / uuid.uuid4().hex)
 
 
 def _copy(source: Path, target: Path, prefix: str, files: dict[str, dict[str, int | str]]) -> None:

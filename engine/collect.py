@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.manifest import manifest_key, read_manifest, run_key
+from engine.atomic import REPLACED, is_complete
 from engine.lease import current_holder
 from engine.location import TEMPORARY
 from engine.store import Store
@@ -62,12 +63,15 @@ def find_garbage(store: Store) -> list[Garbage]:
 
 
 def find_left_overs(store: Store) -> list[Path]:
-    """Temporary files of processes that were killed: older than an hour."""
+    """What processes that were killed left behind: temporary files, and old directories whose new ones are in place.
+
+    Only what is older than an hour counts.
+    """
     folder = store.root / TEMPORARY
+    temporary = list(folder.iterdir()) if folder.is_dir() else []
+    asides = [path for path in store.root.glob(f"*/*/*{REPLACED}") if is_complete(path.with_suffix(""))]
     now = time.time()
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if now - path.lstat().st_mtime > LEFT_OVER_AFTER_S)
+    return sorted(path for path in temporary + asides if now - path.lstat().st_mtime > LEFT_OVER_AFTER_S)
 
 
 def _garbage(store: Store, key: str, reason: str) -> Garbage:

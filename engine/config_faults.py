@@ -77,7 +77,8 @@ def _faults(error: ValidationError, model: type[Config], raw: Any, key: Callable
     details = error.errors(include_url=False)
     at: dict[Path, list[Any]] = {}
     for detail in details:
-        at.setdefault(_path(detail["loc"], raw, detail["type"] in ("missing", "extra_forbidden")), []).append(detail)
+        is_key = detail["type"] in ("missing", "extra_forbidden")
+        at.setdefault(_path(_without_tags(model, detail["loc"]), raw, is_key), []).append(detail)
     faults: list[Fault] = []
     for path, group in at.items():
         deeper = any(len(other) > len(path) and other[: len(path)] == path for other in at)
@@ -166,6 +167,17 @@ def _path(location: Sequence[str | int], raw: Any, is_key: bool) -> Path:
     return tuple(path)
 
 
+def _without_tags(model: type[Config], location: Sequence[str | int]) -> Path:
+    """The location less the tags of unions: one may have the name of a key (``judge: rule`` and hybrid's ``rule``)."""
+    here: list[Any] = [model]
+    path: list[str | int] = []
+    for part in location:
+        if not _tagged(here, part):
+            path.append(part)
+        here = _below(here, part)
+    return tuple(path)
+
+
 def _at(raw: Any, path: Path) -> Any:
     for part in path:
         try:
@@ -190,19 +202,32 @@ def _members_at(annotation: Any, location: Sequence[str | int]) -> list[Any]:
     """The types that pydantic can have meant at ``location``, unions taken apart."""
     here = _members(annotation)
     for part in location:
-        step: list[Any] = []
-        for member in here:
-            origin, arguments = get_origin(member), get_args(member)
-            if _is_model(member) and part in member.model_fields:
-                step += _members(member.model_fields[part].annotation)
-            elif _is_model(member) and (part == member.__name__ or _is_tag_of(member, part)):
-                step.append(member)
-            elif origin is dict:
-                step += _members(arguments[1])
-            elif origin in (tuple, list) and isinstance(part, int):
-                step += _members(arguments[0])
-        here = step or here  # a name that pydantic put in, such as that of a validator, leaves us where we are
+        here = _below(here, part)
     return here
+
+
+def _below(here: list[Any], part: str | int) -> list[Any]:
+    """The types that can be meant one step further than ``here``."""
+    if tagged := _tagged(here, part):
+        return tagged
+    step: list[Any] = []
+    for member in here:
+        origin, arguments = get_origin(member), get_args(member)
+        if _is_model(member) and part in member.model_fields:
+            step += _members(member.model_fields[part].annotation)
+        elif origin is dict:
+            step += _members(arguments[1])
+        elif origin in (tuple, list) and isinstance(part, int):
+            step += _members(arguments[0])
+    return step or here  # a name that pydantic put in, such as that of a validator, leaves us where we are
+
+
+def _tagged(here: Sequence[Any], part: str | int) -> list[Any]:
+    """The members of a union whose name or tag is ``part``; none where there is no union."""
+    models = [member for member in here if _is_model(member)]
+    if len(models) < 2:
+        return []
+    return [member for member in models if part == member.__name__ or _is_tag_of(member, part)]
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from engine.machine import read_machine
 from engine.ray_session import RaySession
 from engine.store import Store
-from engine.work import versions
+from engine.versions import versions
 from trainables.embedded import MODELS, PREFIX, cache_folder, embedded_revision, embedded_shape
 from trainables.errors import ShiftgradError
 

@@ -1,83 +1,259 @@
-"""The judge pool: Ray actors that score finished answers while other runs still train."""
+"""The judge pool: Ray actors that score finished answers while other runs still train.
+
+Actors are of one group each: judges that need no model; the actors of one endpoint, which share a budget; one actor
+per model of local judges. They need no CPU of their own but for a local model, whose one thread runs beside the trials.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
 import traceback
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
 
-from analysis.judges import Item
-from analysis.rows import ScoreRow
-from analysis.tables import table_key
+from analysis.judges import Asker, Reply, Request
+from analysis.judges.local import LocalMetric
+from analysis.judges.openai import OpenaiMetric
+from engine.budget import Budget, Estimate, Grant
+from engine.endpoints import EndpointConfig
+from engine.judging import Judged, ReplyDesk, judge_task
+from engine.openai_asker import OpenAIAsker
 from engine.store import Store
 from engine.tasks import JudgeTask
+from trainables.base_model import ResolvedBase
+
+if TYPE_CHECKING:
+    from analysis.judges.local_asker import LocalAsker
+
+LOCAL_BATCH = 8
+"""Answers that a local model judges together; after each batch the replies are on disk."""
+
+Group: TypeAlias = tuple[str, str]  # kind of asker, and which
 
 
-@ray.remote(num_cpus=0, max_restarts=2, max_task_retries=2)
-class JudgeActor:
-    """Does judging tasks one batch at a time; asynchronous, so that a slow judge does not block the next task."""
+@ray.remote(num_cpus=0)
+class BudgetActor:
+    """The budget that all actors of an endpoint share."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, endpoint: EndpointConfig) -> None:
+        self.budget = Budget(endpoint)
+
+    def reserve(self, estimates: Sequence[Estimate]) -> list[Grant]:
+        return self.budget.reserve(estimates)
+
+    def settle(self, used: Sequence[tuple[Estimate, int, int]]) -> None:
+        self.budget.settle(used)
+
+
+class RemoteBudget:
+    """Reservations from another process. Those asked for in one turn of the event loop travel together."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self._wanted: list[tuple[Estimate, asyncio.Future[Grant]]] = []
+        self._sending: asyncio.Task[None] | None = None
+
+    async def reserve(self, estimates: Sequence[Estimate]) -> list[Grant]:
+        loop = asyncio.get_running_loop()
+        grants = [loop.create_future() for _ in estimates]
+        self._wanted += zip(estimates, grants, strict=True)
+        if self._sending is None:
+            self._sending = asyncio.create_task(self._send())
+        return list(await asyncio.gather(*grants))
+
+    async def settle(self, used: Sequence[tuple[Estimate, int, int]]) -> None:
+        self.actor.settle.remote(used)
+
+    async def _send(self) -> None:
+        await asyncio.sleep(0)
+        wanted, self._wanted, self._sending = self._wanted, [], None
+        try:
+            grants = await self.actor.reserve.remote([estimate for estimate, _ in wanted])
+        except ray.exceptions.RayError as error:
+            for _, future in wanted:
+                future.set_exception(error)
+            return
+        for (_, future), grant in zip(wanted, grants, strict=True):
+            if not future.done():
+                future.set_result(grant)
+
+
+class _JudgeActor:
+    """Does judging tasks, many at a time; its replies are on disk before they count, so a new one goes on."""
+
+    def __init__(self, store: Store, asker: Callable[[], Asker] | None) -> None:
         self.store = store
+        self.desk = ReplyDesk(store, None if asker is None else asker())
 
-    async def judge(self, task: JudgeTask) -> int:
-        """Score the answers of one sampling task by one metric and publish them; returns how many were scored."""
-        return await judge_task(self.store, task)
+    async def judge(self, task: JudgeTask) -> Judged:
+        return await judge_task(self.store, task, self.desk)
 
-
-async def judge_task(store: Store, task: JudgeTask) -> int:
-    """The same without Ray. A task that is done already is not done again."""
-    if store.exists(table_key("scores", task.id)):
-        return 0
-    answers = store.read_table("generations", task.sample_id).to_pylist()
-    judge = task.metric.make()
-    judgements = await judge.judge([Item(answer["question"], answer["answer"]) for answer in answers])
-    rows = [
-        ScoreRow(
-            judge_id=task.id,
-            sample_id=task.sample_id,
-            question_id=answer["question_id"],
-            sample_index=answer["sample_index"],
-            value=judgement.value,
-            status=judgement.status,
-            judge=judge.name,
-            reply=judgement.reply,
-        )
-        for answer, judgement in zip(answers, judgements, strict=True)
-    ]
-    store.publish_table("scores", task.id, rows)
-    return len(rows)
+    async def counts(self) -> dict[str, int]:
+        """What was asked, for progress and benchmarks."""
+        asker = self.desk.asker
+        return {"num_asked": self.desk.num_asked} | (vars(asker.counts) if isinstance(asker, OpenAIAsker) else {})
 
 
 class JudgePool:
-    """Submits judging tasks as their answers come in and collects what failed. Lives in the driver."""
+    """Submits judging tasks as their answers come in and collects what failed. Lives in the driver.
 
-    def __init__(self, store: Store, tasks: Mapping[str, JudgeTask], failed: Callable[[str, str], None]) -> None:
+    Keys are read from the driver's environment and travel to the actors in memory: on a cluster their machines may not
+    have them.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        tasks: Mapping[str, JudgeTask],
+        failed: Callable[[str, str], None],
+        endpoints: Mapping[str, EndpointConfig] | None = None,
+        *,
+        local_gpus: float = 0.0,
+    ) -> None:
+        self.store = store
         self.tasks = tasks
+        self.endpoints = endpoints or {}
         self.failed = failed
-        self.actor: Any = JudgeActor.remote(store)  # type: ignore[attr-defined]
+        self.local_gpus = local_gpus
         self.pending: dict[Any, str] = {}
         self.submitted: set[str] = set()
+        self.judged: dict[str, Judged] = {}
+        self._actors: dict[Group, list[Any]] = {}
+        self._seat: dict[
+            tuple[Group, str], Any
+        ] = {}  # metrics that ask the same share replies
 
     def submit(self, sample_id: str) -> None:
         """Judge the answers of a finished sampling task by every metric; asking again does nothing."""
         for task in self.tasks.values():
             if task.sample_id == sample_id and task.id not in self.submitted:
                 self.submitted.add(task.id)
-                self.pending[self.actor.judge.remote(task)] = task.id
+                self.pending[self._actor(task).judge.remote(task)] = task.id
+
+    def poll(self) -> None:
+        """Take note of what has ended, without waiting."""
+        if self.pending:
+            self._collect(ray.wait(list(self.pending), num_returns=len(self.pending), timeout=0)[0])
 
     def wait(self) -> None:
         """Wait for everything submitted; a task that raised is reported with its error on one line."""
         while self.pending:
-            ready, _ = ray.wait(list(self.pending), num_returns=1)
-            for reference in ready:
-                task_id = self.pending.pop(reference)
+            self._collect(ray.wait(list(self.pending), num_returns=1)[0])
+
+    def _collect(self, ready: Sequence[Any]) -> None:
+        for reference in ready:
+            task_id = self.pending.pop(reference)
+            try:
+                judged = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                self.failed(task_id, _reason(error))
+                continue
+            self.judged[task_id] = judged
+            if judged.num_open:
+                self.failed(task_id, f"{judged.num_open} of {judged.num_answers} answers have no score: {judged.why}")
+
+    def _actor(self, task: JudgeTask) -> Any:
+        group = _group(task)
+        seat = (group, task.sample_id)
+        if seat not in self._seat:
+            actors = self._actors.setdefault(group, self._start(group, task))
+            self._seat[seat] = actors[sum(1 for known, _ in self._seat if known == group) % len(actors)]
+        return self._seat[seat]
+
+    def _start(self, group: Group, task: JudgeTask) -> list[Any]:
+        if group in self._actors:
+            return self._actors[group]
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 2, "max_task_retries": 2}
+        asking = task.metric.asking
+        if isinstance(asking, OpenaiMetric):
+            endpoint = self.endpoints[asking.endpoint]
+            key = os.environ.get(endpoint.api_key_env, "") if endpoint.api_key_env else ""
+            budget = BudgetActor.remote(endpoint) if Budget.limits(endpoint) else None  # type: ignore[attr-defined]
+            share = max(1, endpoint.max_concurrency // endpoint.actors)
+            maker: Callable[[], Asker] | None = _EndpointAsker(endpoint, share, budget, key)
+            number = endpoint.actors
+        elif isinstance(asking, LocalMetric):
+            maker, number = _LocalAsker(asking.base, self.local_gpus > 0), 1
+            options["num_gpus"] = self.local_gpus
+        else:
+            maker, number = None, 1
+        actor = ray.remote(**options)(_JudgeActor)
+        return [actor.remote(self.store, maker) for _ in range(number)]
+
+
+class _EndpointAsker:
+    """Makes the asker of an endpoint in the actor's process."""
+
+    def __init__(self, endpoint: EndpointConfig, share: int, budget: Any, key: str) -> None:
+        self.endpoint, self.share, self.budget = endpoint, share, budget
+        self._key = key
+
+    def __call__(self) -> Asker:
+        budget = None if self.budget is None else RemoteBudget(self.budget)
+        return OpenAIAsker(self.endpoint, max_concurrency=self.share, budget=budget, key=self._key or None)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.endpoint.base_url!r})"
+
+
+class _LocalAsker:
+    """Loads the model of a local judge in the actor's process."""
+
+    def __init__(self, base: ResolvedBase, cuda: bool) -> None:
+        self.base, self.cuda = base, cuda
+
+    def __call__(self) -> Asker:
+        import torch
+
+        from analysis.judges.local_asker import LocalAsker
+
+        torch.set_num_threads(1)  # the cores belong to the trials
+        return _InBatches(LocalAsker.load(self.base, torch.device("cuda" if self.cuda else "cpu")))
+
+
+class _InBatches:
+    """Gives a local model what waits together: it shares the beginning of the prompts. The event loop stays free."""
+
+    def __init__(self, asker: LocalAsker) -> None:
+        self.asker = asker
+        self._waiting: list[tuple[Request, asyncio.Future[Reply]]] = []
+        self._working: asyncio.Task[None] | None = None
+
+    async def ask(self, request: Request) -> Reply:
+        done = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, done))
+        if self._working is None:
+            self._working = asyncio.create_task(self._work())
+        return await done
+
+    async def _work(self) -> None:
+        await asyncio.sleep(0)
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting[:LOCAL_BATCH], self._waiting[LOCAL_BATCH:]
                 try:
-                    ray.get(reference)
-                except ray.exceptions.RayError as error:
-                    self.failed(task_id, _reason(error))
+                    replies = await asyncio.to_thread(self.asker.ask_many, [request for request, _ in batch])
+                except Exception as error:  # noqa: BLE001 - whoever waits is told; the next batch may be sound
+                    for _, done in batch:
+                        done.set_exception(error)
+                    continue
+                for (_, done), reply in zip(batch, replies, strict=True):
+                    done.set_result(reply)
+        finally:
+            self._working = None
+
+
+def _group(task: JudgeTask) -> Group:
+    asking = task.metric.asking
+    if isinstance(asking, OpenaiMetric):
+        return "openai", asking.endpoint
+    if isinstance(asking, LocalMetric):
+        return "local", json.dumps(asking.base.identity(), sort_keys=True)
+    return "none", ""
 
 
 def _reason(error: Exception) -> str:

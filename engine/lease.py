@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from analysis.manifest import sweep_key
 from engine.store import Store
+from engine.watchdog import end_marked, own_mark
 from trainables.config import Config
 from trainables.errors import StoreError
 
@@ -44,6 +45,7 @@ class Holder(Config):
     taken_utc: datetime.datetime
     renewed_utc: datetime.datetime
     released: bool = False
+    mark: str = ""  # what the processes of its Ray carry; "" in leases of versions that had no marks
 
     @staticmethod
     def of_this_process() -> Holder:
@@ -55,13 +57,18 @@ class Holder(Config):
             process_started=psutil.Process().create_time(),
             taken_utc=now,
             renewed_utc=now,
+            mark=own_mark(),
         )
+
+    def is_here(self) -> bool:
+        """Whether it was taken in this start of this machine."""
+        return (self.host, self.boot) == (socket.gethostname(), _boot())
 
     def is_over(self) -> bool:
         """Whether nobody works under this lease any more."""
         if self.released:
             return True
-        if (self.host, self.boot) == (socket.gethostname(), _boot()):
+        if self.is_here():
             try:
                 # the kernel counts ticks since its start; when the clock is set, what they mean moves with it
                 return abs(psutil.Process(self.pid).create_time() - self.process_started) > CLOCK_TOLERANCE_S
@@ -119,6 +126,8 @@ class Lease:
                     f"sweep {self.sweep!r} is being run by {held.describe()}; wait for it or stop it, "
                     "or give this sweep another name"
                 )
+            if held is not None and not held.released:
+                _end_what_is_left_of(held)
             self._holder = Holder.of_this_process()
             if self.store.create(_key(self.sweep, highest + 1), self._content(self._holder)):
                 self.number = highest + 1
@@ -160,6 +169,19 @@ class Lease:
     @staticmethod
     def _content(holder: Holder) -> bytes:
         return (holder.model_dump_json(indent=2) + "\n").encode()
+
+
+def _end_what_is_left_of(dead: Holder) -> None:
+    """End the processes of a driver that was killed: none of its trials may write beside those of the next driver.
+
+    Its watchdog does so within a second; this is for a driver that comes sooner, or whose watchdog was killed too.
+    """
+    if dead.is_here() and dead.mark:
+        left = end_marked(dead.mark)
+        if left:
+            raise StoreError(
+                f"processes of {dead.describe()}, which is gone, cannot be ended: {left}; end them, then run again"
+            )
 
 
 def _key(sweep: str, number: int) -> str:

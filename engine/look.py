@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import datetime
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -10,86 +12,137 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from analysis.manifest import RunEntry
+from analysis.manifest import RunEntry, metrics_of, vector_key
+from analysis.one_run import Run
+from analysis.one_run import find_run as find_run
+from analysis.quantities import PLAIN_LOSS
+from analysis.reading import NOTHING, TRAIN_LOSS, interval_text, mean_text, readings
 from analysis.results import Results
 from engine.lease import current_holder
+from engine.progress import duration
 from engine.run import log_lines
 from engine.show import frame_table, plain_table
 from engine.store import Store
-from trainables.errors import ConfigError, Fault
 
 NUM_ANSWERS = 4
 NUM_LOG_LINES = 8
 TIMES = ("seconds_training", "num_steps", "num_tokens", "train_loss_last_epoch", "started_utc", "finished_utc")
 
 
-def find_run(results: Results, text: str) -> RunEntry:
-    """The run or base called ``text``: its label, or the beginning of its id that no other one has."""
-    entries = results.manifest.runs
-    matching = [entry for entry in entries if entry.label == text]
-    matching = matching or [entry for entry in entries if text and entry.run_id.startswith(text)]
-    if len(matching) == 1:
-        return matching[0]
-    problem = "no run is called" if not matching else "several runs are called"
-    known = ", ".join(f"{entry.label!r} ({entry.run_id})" for entry in entries)
-    raise ConfigError([Fault("run", f"{problem} {text!r}; runs of {results.name}: {known}")], "nothing was read")
-
-
 def status_view(results: Results) -> RenderableType:
-    """Who runs the sweep, and per run its status and the last thing that its log says."""
+    """Who runs the sweep, how far it is, and per run its status and the last thing that its log says.
+
+    ``running``: not done, and its log has grown since the driver that runs the sweep began.
+    """
     store = Store.open(results.root)
     holder = current_holder(store, results.name)
-    heading = f"being run by {holder.describe()}" if holder is not None else "nobody runs it now"
-    table = plain_table(f"{results.name}: {heading}")
+    records = results.runs().to_dict("records")
+    lines = [_last_line(store, str(row["run_id"])) for row in records]
+    states = [str(row["status"]) for row in records]
+    for number, line in enumerate(lines):
+        if states[number] == "missing" and holder is not None and _since(line, holder.taken_utc):
+            states[number] = "running"
+    counts = ", ".join(f"{count} {state}" for state, count in Counter(states).items())
+    table = plain_table()
     for column in ("run", "id", "status", "last log line"):
         table.add_column(column, no_wrap=column in ("id", "status"), overflow="fold")
-    for row in results.runs().to_dict("records"):
-        last = next(reversed(log_lines(store, str(row["run_id"]))), "")
-        reason = "" if pd.isna(row["reason"]) else str(row["reason"])
-        cells = (str(row["run"]), str(row["run_id"]), str(row["status"]), reason or last)
-        table.add_row(*(Text(text) for text in cells))
-    return table
+    for row, state, line in zip(records, states, lines, strict=True):
+        said = str(row["reason"]) if not pd.isna(row["reason"]) else _ago(line)
+        table.add_row(*(Text(text) for text in (str(row["run"]), str(row["run_id"]), state, said)))
+    who = f"being run by {holder.describe()}" if holder is not None else "nobody runs it now"
+    heading = Text(f"{results.name}: {who}\n{counts}", style="bold")
+    vectors = [
+        f"{name} ({'done' if store.exists(vector_key(vector)) else 'missing'})"
+        for name, vector in results.manifest.vectors.items()
+    ]
+    return Group(heading, *([Text(f"vectors: {', '.join(vectors)}")] if vectors else []), table)
 
 
 def show_view(results: Results, entry: RunEntry) -> RenderableType:
-    """One run: settings, times, results, answers, the end of its log."""
-    store = Store.open(results.root)
+    """One run: settings, training, results, answers, the end of its log."""
+    run = Run(results, entry)
+    parts: list[RenderableType] = [Text(f"{entry.label} ({entry.run_id}): {run.status}", style="bold")]
+    if run.reason:
+        parts.append(Text(run.reason, style="red"))
+    parts += _pairs("settings", entry.config)
     record = _row(results.runs(), entry)
-    settings = _pairs("settings", ((name, _text(value)) for name, value in entry.config.items()))
-    times = _pairs("training", ((name, _text(record[name])) for name in ("status", *TIMES)))
-    measured = _measured(_row(results.summary(), entry))
-    outcome = _pairs("results", ((name, _text(value)) for name, value in measured.items()))
-    parts: list[RenderableType] = [Text(f"{entry.label} ({entry.run_id})", style="bold"), settings, times, outcome]
-    answers = results.generations()
-    answers = answers[answers["run"] == entry.label].head(NUM_ANSWERS)[["question", "answer"]]
+    trained = {name: record[name] for name in TIMES if not pd.isna(record[name])}
+    if trained:
+        parts += _pairs("training", trained)
+    measured = readings(_row(results.summary(), entry), results.manifest.runs)
+    parts.append("")
+    parts.append(frame_table(measured, title="results") if len(measured) else Text("nothing was measured yet"))
+    answers = run.generations().head(NUM_ANSWERS)[["question", "answer"]]
     if len(answers):
-        parts.append(frame_table(answers, title="first answers"))
-    lines = log_lines(store, entry.run_id)[-NUM_LOG_LINES:]
+        parts += ["", frame_table(answers, title="first answers")]
+    lines = run.log.splitlines()[-NUM_LOG_LINES:]
     if lines:
-        parts.append(Text("\n".join(["last log lines", *lines])))
+        parts += ["", Text("last log lines", style="bold"), Text("\n".join(lines))]
+    if run.adapter is not None:
+        parts += ["", Text(f"adapter: {run.adapter}", overflow="fold")]
     return Group(*parts)
 
 
 def diff_view(results: Results, one: RunEntry, other: RunEntry) -> RenderableType:
     """Two runs side by side: the settings that differ, then all results."""
-    settings = plain_table("settings that differ")
-    outcome = plain_table("results")
-    for table in (settings, outcome):
-        table.add_column("")
-        table.add_column(Text(one.label), overflow="fold")
-        table.add_column(Text(other.label), overflow="fold")
+    parts: list[RenderableType] = []
     absent = object()
+    settings = _side_by_side(one, other)
     for name in dict.fromkeys([*one.config, *other.config]):
         values = [entry.config.get(name, absent) for entry in (one, other)]
         if values[0] != values[1]:
-            settings.add_row(name, *(Text("" if value is absent else _text(value)) for value in values))
-    if not settings.row_count:
-        settings.add_row("none", "", "")
-    summary = results.summary()
-    pairs = [_measured(_row(summary, entry)) for entry in (one, other)]
-    for name in dict.fromkeys([*pairs[0], *pairs[1]]):
-        outcome.add_row(name, *(Text(_text(pair.get(name))) for pair in pairs))
-    return Group(settings, outcome)
+            settings.add_row(Text(name), *(Text("" if value is absent else _text(value)) for value in values))
+    if settings.row_count:
+        parts += [Text("settings that differ", style="bold"), settings]
+    else:
+        parts.append(Text("no setting differs", style="bold"))
+    rows = [_row(results.summary(), entry) for entry in (one, other)]
+    outcome = _side_by_side(one, other)
+    for name in ("status", *metrics_of(results.manifest.runs), PLAIN_LOSS, TRAIN_LOSS):
+        texts = [str(row[name]) if name == "status" else _with_interval(row, name) for row in rows]
+        if any(text != NOTHING for text in texts):
+            outcome.add_row(Text(name.replace("_", " ") if name in (PLAIN_LOSS, TRAIN_LOSS) else name), *texts)
+    return Group(*parts, "", Text("results: mean ± standard error, 95 % interval", style="bold"), outcome)
+
+
+def _side_by_side(one: RunEntry, other: RunEntry) -> Table:
+    table = plain_table()
+    table.add_column("", overflow="fold")
+    for entry in (one, other):
+        table.add_column(Text(entry.label), overflow="fold")
+    return table
+
+
+def _with_interval(row: dict[str, Any], name: str) -> str:
+    interval = interval_text(row, name)
+    return mean_text(row, name) + (f"\n{interval}" if interval else "")
+
+
+def _last_line(store: Store, run_id: str) -> str:
+    return next(reversed(log_lines(store, run_id)), "")
+
+
+def _time_and_rest(line: str) -> tuple[datetime.datetime | None, str]:
+    """When a line of a log was written, and what it says; None for a line that does not begin with its time."""
+    stamp, _, rest = line.partition(" ")
+    try:
+        return datetime.datetime.fromisoformat(stamp), rest
+    except ValueError:
+        return None, line
+
+
+def _since(line: str, start: datetime.datetime) -> bool:
+    written, _ = _time_and_rest(line)
+    return written is not None and written >= start.replace(microsecond=0)  # logs have whole seconds
+
+
+def _ago(line: str) -> str:
+    """The line with its age in place of its time."""
+    written, said = _time_and_rest(line)
+    if written is None:
+        return line
+    seconds = (datetime.datetime.now(datetime.UTC) - written).total_seconds()
+    return f"{said} ({duration(max(0.0, seconds))} ago)"
 
 
 def _row(frame: pd.DataFrame, entry: RunEntry) -> dict[str, Any]:
@@ -97,19 +150,14 @@ def _row(frame: pd.DataFrame, entry: RunEntry) -> dict[str, Any]:
     return {str(name): value for name, value in row.items()}
 
 
-def _measured(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the summary without what is said elsewhere."""
-    hidden = ("run", "kind")
-    return {k: v for k, v in row.items() if k not in hidden and not k.endswith("_missing_by_status")}
-
-
-def _pairs(title: str, pairs: Iterator[tuple[str, str]]) -> Table:
-    table = plain_table(title)
-    table.add_column("name", no_wrap=True)
-    table.add_column("value", overflow="fold")
-    for name, value in pairs:
-        table.add_row(Text(name), Text(value))
-    return table
+def _pairs(title: str, pairs: Mapping[str, object]) -> list[RenderableType]:
+    table = plain_table()
+    table.show_header = False
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs.items():
+        table.add_row(Text(name), Text(_text(value)))
+    return ["", Text(title, style="bold"), table]
 
 
 def _text(value: object) -> str:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from analysis.judges import BaseMetric, DegenerationMetric, MetricConfig, NamesTrait
-from analysis.summary import repeated_columns
-from analysis.traits import Trait
+from analysis.judges import BaseMetric, DegenerationMetric, MetricConfig
+from analysis.judges.openai import OpenaiMetric
+from analysis.manifest import DEGENERATION as DEGENERATION
+from analysis.summary_columns import repeated_columns
+from engine.config_faults import nearest, show
 from engine.named import Named
 from engine.sources import Sources
 from engine.tasks import QuestionText
@@ -22,8 +24,6 @@ from trainables.config import NamesPrompts, NamesVector, referenced
 from trainables.defenses import Item, defense_faults
 from trainables.errors import ConfigError, Fault
 from trainables.shapes import ModelShape
-
-DEGENERATION = "degeneration"
 
 Key = Callable[..., str]  # path of a cell -> where it stands in the user's file
 
@@ -147,16 +147,20 @@ def _metrics(named: Named, key: Key, sources: Sources) -> dict[str, MetricConfig
 
 def _metric(metric: MetricConfig, key: str, sources: Sources) -> MetricConfig | None:
     assert isinstance(metric, BaseMetric)
-    named: dict[str, Trait] = {}
-    for field, name in referenced(metric, NamesTrait).items():
-        if name is None:
-            continue
-        found = sources.trait(str(name), f"{key}.{field}")
-        if found is None:
-            return None
-        named[str(name)] = found[0]
+    asking = metric.asking
+    if isinstance(asking, OpenaiMetric) and asking.endpoint not in sources.endpoints:
+        field = "endpoint" if asking is metric else "otherwise.endpoint"
+        known = nearest(asking.endpoint, sources.endpoints)
+        sources.faults.append(Fault(f"{key}.{field}", f"no endpoint {show(asking.endpoint)}; {known}"))
+        return None
+    traits = {name: sources.trait(name, f"{key}.{field}") for field, name in metric.trait_names().items()}
+    bases = {field: sources.base(base, f"{key}.{field}".rstrip(".")) for field, base in metric.bases().items()}
+    named = {name: found[0] for name, found in traits.items() if found is not None}
+    models = {field: found[0] for field, found in bases.items() if found is not None}
+    if len(named) < len(traits) or len(models) < len(bases):
+        return None
     try:
-        return metric.resolved(named)
+        return metric.resolved(named, models)
     except ConfigError as error:
         sources.faults += [Fault(f"{key}.{fault.key}", fault.message) for fault in error.faults]
         return None

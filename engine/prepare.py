@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -19,16 +20,31 @@ from analysis.manifest import Manifest, RunEntry, Scalar
 from engine.lookup import Found, look_up, vector_names
 from engine.machine import Machine, gpus_per_trial, num_trials, resource_faults
 from engine.named import named
+from engine.only import parse, select
+from engine.proved import Proved
+from engine.smoke import smoke_cell, smoke_questions, smoke_results
 from engine.sources import Sources
 from engine.store import Store
 from engine.sweep_file import Cell, Sweep, check_sweep
-from engine.tasks import Job, JudgeTask, LossTask, RunJob, SampleTask, TrainTask, base_run_id, resolved_defense, task_id
+from engine.tasks import (
+    Job,
+    JudgeTask,
+    LossTask,
+    RunJob,
+    SampleTask,
+    TrainTask,
+    base_run_id,
+    part_of,
+    resolved_defense,
+    task_id,
+)
+from engine.trackers import tracker_faults
 from engine.vector_tasks import VectorTasks
 from trainables.base_model import ResolvedBase, load_tokenizer
 from trainables.chat_data import ChatEncoder, encode_all
 from trainables.defenses import defense_label
 from trainables.errors import ConfigError, DataError, Fault
-from trainables.sample import SamplingConfig
+from trainables.sample import Question, SamplingConfig, system_prompt_fault
 from trainables.train import num_optimizer_steps
 
 BASE = "base"  # label of the untrained base
@@ -46,7 +62,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sweep with nothing left to look up."""
+    """A sweep with nothing left to look up.
+
+    The manifest, the inputs and the costs are those of the whole sweep; ``jobs`` and ``judge_tasks`` are what the rows
+    that are asked for need (``--only``), which are all rows if nothing is said.
+    """
 
     sweep: Sweep
     manifest: Manifest
@@ -54,9 +74,22 @@ class Prepared:
     judge_tasks: Mapping[str, JudgeTask]
     inputs: Mapping[str, bytes]  # by sha256
     costs: Mapping[str, Cost]  # by label
+    asked: tuple[RunEntry, ...]  # rows of the manifest
     device: str
     num_trials: int
     gpus_per_trial: float
+    proved: Mapping[str, Sequence[int]]  # see engine/proved.py
+    only: str | None = None
+    smoke: bool = False
+
+    @property
+    def num_runs(self) -> int:
+        return sum(entry.kind == "run" for entry in self.manifest.runs)
+
+    @property
+    def num_asked(self) -> int:
+        """Runs that are asked for."""
+        return sum(entry.kind == "run" for entry in self.asked)
 
 
 @dataclass(frozen=True)
@@ -73,39 +106,64 @@ class _SoundCell:
         return SamplingConfig(**{name: getattr(evaluation, name) for name in SamplingConfig.model_fields})
 
 
-def prepare(path: str | Path, overrides: Sequence[str], machine: Machine) -> Prepared:
-    """Read, check and expand a sweep file. Raises ConfigError with every fault."""
+def prepare(
+    path: str | Path, overrides: Sequence[str], machine: Machine, *, only: str | None = None, smoke: bool = False
+) -> Prepared:
+    """Read, check and expand a sweep file. Raises ConfigError with every fault.
+
+    ``only``: do what the runs that it selects need, see engine/only.py. ``smoke``: every cell cut short, in a store of
+    its own, see engine/smoke.py; ``only`` selects by the settings of the file, as without ``smoke``.
+    """
     sweep, faults = check_sweep(path, overrides)
+    faults += parse(only)[1] if only is not None else []
     if sweep is None:
         raise ConfigError(faults)
     execution = sweep.execution
-    faults += [Fault("results", message) for message in Store.faults(sweep.results)]
+    stores = [sweep.results, smoke_results(sweep.results)] if smoke else [sweep.results]
+    faults += [Fault("results", message) for store in stores for message in Store.faults(store)]
     faults += resource_faults(execution, machine)
+    faults += tracker_faults(sweep.trackers, os.environ)
     gpus = gpus_per_trial(execution, machine)
-    sources = Sources(sweep.path.parent, cuda=gpus > 0, faults=faults)
+    sources = Sources(sweep.path.parent, cuda=gpus > 0, faults=faults, endpoints=sweep.endpoints)
     vectors = VectorTasks(sweep.vectors, sources)
     graph = _Graph(sweep, sources, vectors)
-    _look_up_all(sweep, sources, vectors, graph)
+    cells = _look_up_all(sweep, sources, vectors, graph)
     if faults:
         raise ConfigError(faults)
-    graph.prove_rows()
+    chosen, only_faults = select(only, graph.entries) if only is not None else (None, [])
+    faults += only_faults
+    proved = Proved.read(stores[-1], sweep.name)
+    graph.prove_rows(proved)
     if faults:
         raise ConfigError(faults)
+    if smoke:
+        graph = graph.smoke(cells)
+    asked = graph.rows(chosen)
+    jobs: dict[str, Job] = {**vectors.jobs, **graph.base_jobs, **graph.run_jobs}
     return Prepared(
-        sweep=sweep,
-        manifest=Manifest(name=sweep.name, runs=(*graph.base_entries, *graph.entries), vectors=vectors.ids),
-        jobs={**vectors.jobs, **graph.base_jobs, **graph.run_jobs},
-        judge_tasks=graph.judge_tasks,
+        sweep=replace(sweep, results=stores[-1]),
+        manifest=Manifest(name=sweep.name, runs=graph.rows(None), vectors=vectors.ids),
+        jobs=jobs if only is None else part_of(jobs, asked),
+        judge_tasks={judge_id: graph.judge_tasks[judge_id] for judge_id in _judge_ids(asked)},
         inputs=sources.inputs,
         costs=graph.costs(),
+        asked=asked,
         device="cuda" if gpus > 0 else "cpu",
         num_trials=num_trials(execution, machine),
         gpus_per_trial=gpus,
+        proved=proved.kept,
+        only=only,
+        smoke=smoke,
     )
 
 
-def _look_up_all(sweep: Sweep, sources: Sources, vectors: VectorTasks, graph: _Graph) -> None:
-    """Look up all cells and put those in which everything was found into the graph."""
+def _judge_ids(entries: Sequence[RunEntry]) -> list[str]:
+    return list(dict.fromkeys(judge_id for entry in entries for judge_id in entry.judge_ids.values()))
+
+
+def _look_up_all(sweep: Sweep, sources: Sources, vectors: VectorTasks, graph: _Graph) -> list[_SoundCell]:
+    """Look up all cells, and return those in which everything was found, which are in the graph now."""
+    sound: list[_SoundCell] = []
     seen: dict[str, str] = {}  # what cannot be in the graph, as JSON -> what it is called
 
     def note_twin(content: str, name: str) -> None:
@@ -124,12 +182,14 @@ def _look_up_all(sweep: Sweep, sources: Sources, vectors: VectorTasks, graph: _G
 
         found = look_up(named(cell), key, sources, vectors)
         if found is not None:
-            graph.add(_SoundCell(index, cell, found))
+            sound.append(_SoundCell(index, cell, found))
+            graph.add(sound[-1])
         else:
             note_twin(cell.model_dump_json(exclude={"label"}), repr(cell.label))
     for faulty in sweep.faulty:
         look_up(faulty.named, faulty.key, sources, vectors)
         note_twin(faulty.content, faulty.block)
+    return sound
 
 
 # What encoding depends on: base, content, max_length, loss_on, allow_truncated_away
@@ -137,9 +197,10 @@ _Encoding: TypeAlias = tuple[str, str, int, Literal["responses", "all"], bool]
 
 
 class _Graph:
-    """Tasks of sound cells."""
+    """Tasks of sound cells. ``twins``: whether two of them may be one and the same work, done once for both."""
 
-    def __init__(self, sweep: Sweep, sources: Sources, vectors: VectorTasks) -> None:
+    def __init__(self, sweep: Sweep, sources: Sources, vectors: VectorTasks, *, twins: bool = False) -> None:
+        self.twins = twins
         self.sweep = sweep
         self.sources = sources
         self.vectors = vectors
@@ -148,9 +209,26 @@ class _Graph:
         self.judge_tasks: dict[str, JudgeTask] = {}
         self.entries: list[RunEntry] = []
         self.base_entries: list[RunEntry] = []
+        self.base_of: dict[str, RunEntry] = {}  # by label of the run
         self.to_prove: dict[_Encoding, tuple[ResolvedBase, str]] = {}  # and the user's key of the data
+        self.to_render: dict[tuple[str, str], tuple[Question, SamplingConfig, str]] = {}  # by base and system prompt
         self.base_keys: dict[str, str] = {}  # base -> the user's key of it
         self.num_tokens: dict[_Encoding, tuple[int, int]] = {}  # rows kept, their tokens
+
+    def smoke(self, cells: Sequence[_SoundCell]) -> _Graph:
+        """The same cells cut short. Some may be equal then (where they differed in epochs): both rows stay."""
+        short = _Graph(self.sweep, self.sources, self.vectors, twins=True)
+        for sound in cells:
+            found = replace(sound.found, questions=smoke_questions(sound.found.questions))
+            short.add(replace(sound, cell=smoke_cell(sound.cell), found=found))
+        short.num_tokens = self.num_tokens  # of the same data
+        return short
+
+    def rows(self, labels: frozenset[str] | None) -> tuple[RunEntry, ...]:
+        """Rows of the sweep: the runs with these labels (None: all), after the bases that belong to them."""
+        runs = [entry for entry in self.entries if labels is None or entry.label in labels]
+        bases = [self.base_of[entry.label] for entry in runs]
+        return (*(base for base in self.base_entries if base in bases), *runs)
 
     def add(self, sound: _SoundCell) -> None:
         """Add a cell's vectors, run, samples, judgements and measurements, and those of its base."""
@@ -174,7 +252,7 @@ class _Graph:
         self._must_prove(base, content, data.max_length, key, data.loss_on, data.allow_truncated_away)
         entry = self._evaluate(sound, train.id, cell.label, "run", _flat(cell, base))
         for other in self.entries:
-            if _identity(other) == _identity(entry):
+            if _identity(other) == _identity(entry) and not self.twins:
                 message = f"two cells have one identity ({train.id}): {other.label!r} and {cell.label!r}"
                 self.sources.faults.append(Fault("runs", f"{message}; let them differ or remove one"))
                 return
@@ -189,12 +267,18 @@ class _Graph:
         base_entry = self._evaluate(sound, base_id, label, "base", config)
         # Unlike with runs, the names of metrics count: they are the columns beside which the runs are read.
         what = (_identity(base_entry), base_entry.judge_ids)
-        if all((_identity(known), known.judge_ids) != what for known in self.base_entries):
+        known = [other for other in self.base_entries if (_identity(other), other.judge_ids) == what]
+        self.base_of[cell.label] = known[0] if known else base_entry
+        if not known:
             self.base_entries.append(base_entry)
             self._job(self.base_jobs, sound, base_id, label, None)
 
     def _sample(self, run_id: str, sound: _SoundCell) -> SampleTask:
         questions, sampling = sound.found.questions, sound.sampling
+        if sampling.system_prompt is not None:
+            key = self.sweep.key(sound.index, "evaluation", "system_prompt")
+            asked = Question(questions[0].id, questions[0].text)
+            self.to_render.setdefault((_name(sound.found.base), sampling.system_prompt), (asked, sampling, key))
         identity = task_id(SampleTask.identity(run_id, questions, sampling))
         return SampleTask(id=identity, questions=questions, sampling=sampling)
 
@@ -218,6 +302,7 @@ class _Graph:
             judge_ids=judge_ids,
             plain_loss_id=self._loss(run_id, sound).id,
             config=config,
+            scales={name: metric.bounds for name, metric in sound.found.metrics.items()},
         )
 
     def _judge(self, run_id: str, sample_id: str, metric: MetricConfig) -> str:
@@ -253,10 +338,34 @@ class _Graph:
     ) -> None:
         self.to_prove.setdefault((_name(base), content, max_length, loss_on, allow_truncated_away), (base, key))
 
-    def prove_rows(self) -> None:
-        """Make tokens of all rows, prove their masks and count them; what cannot be proved is a fault."""
-        tokenizers = self._tokenizers()
+    def prove_rows(self, proved: Proved) -> None:
+        """Make tokens of all rows, prove their masks and count them; what cannot be proved is a fault.
+
+        What ``proved`` knows is not done again, and if that is all, no tokenizer is loaded.
+        """
+        bases = {_name(base): base for base, _ in self.to_prove.values()}
+        prompts = {}
+        for (name, prompt), (question, sampling, key) in self.to_render.items():
+            if name in bases and proved.recall(bases[name], "prompt", question.text, prompt) is None:
+                prompts[name, prompt] = (question, sampling, key)
+        rows = {}
         for what, (base, key) in self.to_prove.items():
+            counts = proved.recall(base, "rows", what)
+            if counts is None:
+                rows[what] = (base, key)
+            else:
+                self.num_tokens[what] = (counts[0], counts[1])
+        names = {name for name, _ in prompts} | {_name(base) for base, _ in rows.values()}
+        tokenizers = self._tokenizers([base for name, base in bases.items() if name in names])
+        dated = {name for name, tokenizer in tokenizers.items() if "strftime_now" in str(tokenizer.chat_template)}
+        for (name, prompt), (question, sampling, key) in prompts.items():
+            if name not in tokenizers:
+                continue
+            if message := system_prompt_fault(tokenizers[name], question, sampling):
+                self.sources.faults.append(Fault(key, message))
+            elif name not in dated:
+                proved.keep(bases[name], "prompt", question.text, prompt, counts=())
+        for what, (base, key) in rows.items():
             name, content, max_length, loss_on, allow = what
             if name not in tokenizers:
                 continue
@@ -271,11 +380,13 @@ class _Graph:
                 self.sources.faults.append(Fault(key, str(error)))
                 continue
             self.num_tokens[what] = (len(encoded), sum(len(row.input_ids) for row in encoded))
+            if name not in dated:
+                proved.keep(base, "rows", what, counts=self.num_tokens[what])
 
-    def _tokenizers(self) -> dict[str, Any]:
+    def _tokenizers(self, bases: Sequence[ResolvedBase]) -> dict[str, Any]:
         """The bases' tokenizers by ``_name``, less those that cannot be loaded."""
         tokenizers: dict[str, Any] = {}
-        for base in {_name(base): base for base, _ in self.to_prove.values()}.values():
+        for base in bases:
             try:
                 tokenizers[_name(base)] = load_tokenizer(base)
             except (OSError, ValueError) as error:

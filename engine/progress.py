@@ -1,4 +1,4 @@
-"""Live progress: a line per running job with a terminal, plain log lines without one."""
+"""Live progress: a line per running job with a terminal, plain log lines without one, one output in a notebook."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ FIGURES = {"loss": "loss {:.3f}", "tokens_per_s": "{:.0f} tok/s"}
 
 
 class ProgressView(Protocol):
-    """What shows progress to a person. ``label`` names a job; jobs are told apart by their id."""
+    """What shows progress to a person. ``label`` names a job; jobs are told apart by their id.
+
+    ``ok``: whether the job did what it was to do; ``outcome`` says more.
+    """
 
     def start(self, num_jobs: int) -> None: ...
 
@@ -24,17 +27,21 @@ class ProgressView(Protocol):
 
     def job_figures(self, job_id: str, label: str, figures: Mapping[str, Any]) -> None: ...
 
-    def job_ended(self, job_id: str, label: str, outcome: str) -> None: ...
+    def job_ended(self, job_id: str, label: str, outcome: str, *, ok: bool = True) -> None: ...
 
     def stop(self) -> None: ...
 
 
 def make_progress(console: Console) -> ProgressView:
-    """Live lines where the console is a terminal, log lines elsewhere."""
+    """Live lines where the console is a terminal, one updated output in a notebook, log lines elsewhere."""
+    if console.is_jupyter:
+        from engine.notebook import NotebookProgress  # which is made of what stands here
+
+        return NotebookProgress()
     return LiveProgress(console) if console.is_terminal else LineProgress(console)
 
 
-class _Pace:
+class Pace:
     """Time left in a phase, from the units done since this process first heard of it."""
 
     def __init__(self) -> None:
@@ -53,14 +60,16 @@ class _Pace:
         return (now - started) / (done - first) * (total - done)
 
 
-def _figures_text(figures: Mapping[str, Any], seconds_left: float | None) -> str:
+def figures_text(figures: Mapping[str, Any], seconds_left: float | None) -> str:
+    """The figures of a job that a person looks at, and the time left in its phase."""
     parts = [text.format(figures[name]) for name, text in FIGURES.items() if name in figures]
     if seconds_left is not None:
-        parts.append(f"{_duration(seconds_left)} left")
+        parts.append(f"{duration(seconds_left)} left")
     return ", ".join(parts)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """``45s``, ``1m40s``, ``30h01m``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -73,7 +82,7 @@ class LineProgress:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.pace = _Pace()
+        self.pace = Pace()
         self.begun = time.monotonic()
         self.last: dict[str, float] = {}
         self.num_jobs = 0
@@ -96,20 +105,20 @@ class LineProgress:
         if now - self.last.get(job_id, 0.0) < LINE_INTERVAL_S:
             return
         self.last[job_id] = now
-        text = _figures_text(figures, left)
+        text = figures_text(figures, left)
         self._line(f"{label}: {phase} {done}/{total}" + (f", {text}" if text else ""))
 
-    def job_ended(self, job_id: str, label: str, outcome: str) -> None:
+    def job_ended(self, job_id: str, label: str, outcome: str, *, ok: bool = True) -> None:
         self.last.pop(job_id, None)
         self.num_ended += 1
-        self._line(f"{label}: {outcome} ({self.num_ended}/{self.num_jobs} jobs)")
+        self._line(f"{label}: {outcome} ({self.num_ended}/{self.num_jobs} jobs)", "" if ok else "red")
 
     def stop(self) -> None:
         """Nothing stays open."""
 
-    def _line(self, text: str) -> None:
-        stamp = _duration(time.monotonic() - self.begun)
-        self.console.print(Text(f"[{stamp:>7}] {text}"), soft_wrap=True)
+    def _line(self, text: str, style: str = "") -> None:
+        stamp = duration(time.monotonic() - self.begun)
+        self.console.print(Text(f"[{stamp:>7}] {text}", style), soft_wrap=True)
 
 
 class LiveProgress:
@@ -126,7 +135,7 @@ class LiveProgress:
             refresh_per_second=4,
             expand=True,
         )
-        self.pace = _Pace()
+        self.pace = Pace()
         self.begun = time.monotonic()
         self.bars: dict[str, TaskID] = {}
         self.sweep: TaskID | None = None
@@ -150,15 +159,15 @@ class LiveProgress:
             description=f"{label}: {phase}",
             completed=done,
             total=total,
-            figures=_figures_text(figures, left),
+            figures=figures_text(figures, left),
         )
 
-    def job_ended(self, job_id: str, label: str, outcome: str) -> None:
+    def job_ended(self, job_id: str, label: str, outcome: str, *, ok: bool = True) -> None:
         bar = self.bars.pop(job_id, None)
         if bar is not None:
             self.progress.remove_task(bar)
-        stamp = _duration(time.monotonic() - self.begun)
-        self.progress.console.print(Text(f"[{stamp:>7}] {label}: {outcome}"))
+        stamp = duration(time.monotonic() - self.begun)
+        self.progress.console.print(Text(f"[{stamp:>7}] {label}: {outcome}", "" if ok else "red"))
         if self.sweep is not None:
             self.progress.advance(self.sweep)
 

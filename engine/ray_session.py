@@ -5,10 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 from engine.machine import read_machine
+from engine.stopping import Stopped
+from engine.watchdog import VARIABLE, Watchdog, own_mark
 from trainables.errors import ConfigError, Fault
 
 OBJECT_STORE_BYTES = 200 * 10**6  # only ids, configs and small rows pass through it
@@ -26,12 +33,13 @@ class RaySession:
 
     ``address``: a running cluster, joined at once, because what it offers decides what can be planned. Ray that the
     caller has initialised is used as it is and left running. Otherwise Ray starts on this machine, never joining
-    another one that happens to run here.
+    another one that happens to run here, and none of its processes outlives this one (see ``engine.watchdog``).
     """
 
     def __init__(self, address: str | None = None) -> None:
         self.address = address
         self._ours = False
+        self._watchdog: Watchdog | None = None
 
     def __enter__(self) -> RaySession:
         if self.address is not None:
@@ -45,11 +53,16 @@ class RaySession:
 
     def close(self) -> None:
         """Shut down what was started here; doing it twice does nothing."""
-        if self._ours:
-            import ray
+        try:
+            if self._ours:
+                import ray
 
-            ray.shutdown()
-            self._ours = False
+                ray.shutdown()
+                self._ours = False
+        finally:
+            if self._watchdog is not None:
+                self._watchdog.close()
+                self._watchdog = None
 
     def nodes(self) -> list[dict[str, float]] | None:
         """What each living node of the cluster, or of the Ray that the caller started, offers; None if there is
@@ -81,7 +94,8 @@ class RaySession:
         machine = read_machine()
         if self.address is not None:
             try:
-                ray.init(address=self.address, runtime_env=runtime_env, log_to_driver=False)
+                with _own_signals():
+                    ray.init(address=self.address, runtime_env=runtime_env, log_to_driver=False)
             except ConnectionError as error:
                 reason = str(error).strip().splitlines()[0]
                 raise ConfigError([Fault("--address", f"no cluster answers at {self.address!r}: {reason}")]) from error
@@ -90,14 +104,48 @@ class RaySession:
                 # Ray 2.60 puts the interpreter's path into a shell command as it is: with a space in it no worker
                 # ever starts, and nothing says so
                 runtime_env["py_executable"] = shlex.quote(sys.executable)
-            ray.init(
-                address="local",
-                num_cpus=machine.num_cpus,
-                # else Ray offers what is free right now, and a trial that the plan allows could wait for ever
-                _memory=int(machine.memory_gb * 1e9),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-                runtime_env=runtime_env,
-            )
+            self._watchdog = Watchdog(own_mark())
+            with _own_signals(), _mark_for_children(own_mark()):
+                ray.init(
+                    address="local",
+                    num_cpus=machine.num_cpus,
+                    # else Ray offers what is free right now, and a trial that the plan allows could wait for ever
+                    _memory=int(machine.memory_gb * 1e9),
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                    runtime_env=runtime_env,
+                )
+
+
+@contextmanager
+def _mark_for_children(mark: str) -> Iterator[None]:
+    """What is started meanwhile inherits the mark; what the caller starts later does not."""
+    # SPT_NOENV: Ray's agents write their titles over their environment, and over the mark, without it
+    wanted = {VARIABLE: mark, "SPT_NOENV": "1"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Put the caller's SIGTERM handler back: ``ray.init`` sets one that ends the process with exit status 15."""
+    before: Any = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as end:
+        if end.code == signal.SIGTERM:  # by Ray's own handler, while it starts
+            raise Stopped(signal.SIGTERM) from None
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
 import datetime
+import os
 import platform
 import subprocess
 import tempfile
@@ -11,37 +11,47 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
+from rich.text import Text
 
 from analysis.manifest import Failure, failures_key, log_key, manifest_key, sweep_key
 from analysis.results import Results, load
 from analysis.tables import table_key
-from engine.judge_pool import JudgePool
+from engine.judging import is_judged, missing_keys
 from engine.lease import Lease
 from engine.machine import read_cluster, read_machine
 from engine.prepare import Prepared, prepare
 from engine.progress import ProgressView, make_progress
+from engine.proved import proved_key
 from engine.ray_session import RaySession
-from engine.scheduler import Placement, run_graph
+from engine.stopping import Stoppable
 from engine.store import Store
 from engine.tasks import Job, JudgeTask, RunJob
-from engine.work import SweepWork, versions
-from trainables.checkpoint import CheckpointSettings
+from engine.trackers.feed import Feed
+from engine.versions import versions
+from trainables.errors import ConfigError
+
+if TYPE_CHECKING:
+    from engine.judge_pool import JudgePool
 
 LOG_TAIL_LINES = 15
+TRACKER_PATIENCE_S = 10.0  # that a tracker has to come to an end in once the sweep is being stopped
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an invocation ended. ``failures`` maps task ids to what went wrong; empty means everything is done."""
+    """How an invocation ended. ``failures`` maps task ids to what went wrong; empty means all that was asked for is
+    done. Jobs are those that were asked for; runs are counted of the whole sweep and of what was asked for."""
 
     results: Results
     failures: Mapping[str, Failure]
     num_done_before: int
     num_jobs: int
+    num_runs: int
+    num_asked: int
 
 
 @dataclass
@@ -78,11 +88,11 @@ class _Watcher:
     def failed(self, job_id: str, reason: str) -> None:
         failure = Failure(kind="failed", reason=reason, log_tail=self._log_tail(job_id))
         self._note(self._open_task(job_id), failure)
-        self.view.job_ended(job_id, self._label(job_id), f"FAILED: {reason}")
+        self.view.job_ended(job_id, self._label(job_id), f"FAILED: {reason}", ok=False)
 
     def skipped(self, job_id: str, reason: str) -> None:
         self._note(self._open_task(job_id), Failure(kind="skipped", reason=reason))
-        self.view.job_ended(job_id, self._label(job_id), f"skipped: {reason}")
+        self.view.job_ended(job_id, self._label(job_id), f"skipped: {reason}", ok=False)
 
     def judging_failed(self, task_id: str, reason: str) -> None:
         self._note(task_id, Failure(kind="failed", reason=reason))
@@ -111,22 +121,28 @@ def run_sweep(
     *,
     console: Console | None = None,
     address: str | None = None,
+    only: str | None = None,
+    smoke: bool = False,
 ) -> Outcome:
     """Do everything that the sweep file means and is not done yet, and return its results.
 
-    ``address``: a running Ray cluster; None starts Ray on this machine and stops it again. Raises ConfigError before
+    ``address``: a running Ray cluster; None starts Ray on this machine and stops it again. ``only``: do just what the
+    runs need that this expression selects (engine/only.py). ``smoke``: every cell cut short, in a store beside the real
+    one (engine/smoke.py). Raises ConfigError before
     anything starts if the file cannot be meant, LeaseHeldError if another driver runs this sweep. A failed run never
-    stops the others: it is in ``Outcome.failures``.
+    stops the others: it is in ``Outcome.failures``. SIGTERM and SIGHUP stop it as cleanly as Ctrl-C does (they raise
+    Stopped, which is a KeyboardInterrupt).
     """
     console = console or Console()
-    with RaySession(address) as session:
+    with Stoppable() as driver, RaySession(address) as session:
         nodes = session.nodes()
-        prepared = prepare(path, overrides, read_cluster(nodes) if nodes else read_machine())
+        machine = read_cluster(nodes) if nodes else read_machine()
+        prepared = prepare(path, overrides, machine, only=only, smoke=smoke)
         store = Store.open(prepared.sweep.results, create=True)
 
         def lost(reason: str) -> None:
             console.print(f"The lease on this sweep is lost ({reason}); stopping.", style="red", markup=False)
-            _thread.interrupt_main()
+            driver.stop()
 
         with Lease(store, prepared.sweep.name, lost):
             try:
@@ -140,12 +156,19 @@ def _run_sweep(prepared: Prepared, store: Store, console: Console, session: RayS
     write_sweep(prepared, store)
     jobs = pending_jobs(prepared, store)
     unjudged = pending_judge_tasks(prepared, store)
+    if faults := missing_keys(unjudged.values(), prepared.sweep.endpoints, os.environ):
+        raise ConfigError(faults)
     view = make_progress(console)
     watcher = _Watcher(prepared, store, view)
     watcher.publish_failures()  # those of an earlier invocation are history
-    if jobs or unjudged:
-        session.start(prepared.sweep.execution.cpus_per_trial)
-        _work(prepared, store, jobs, unjudged, watcher)
+    feed = _feed(prepared, store, console)
+    try:
+        if jobs or unjudged:
+            session.start(prepared.sweep.execution.cpus_per_trial)
+            _work(prepared, store, jobs, unjudged, watcher, feed)
+        feed.settle()
+    finally:
+        feed.close(TRACKER_PATIENCE_S)
     results = load(store.path(sweep_key(prepared.sweep.name, "manifest.json")).parent)
     same_rows = rows_before == _manifest(results.name, store)
     if jobs or unjudged or not same_rows or not store.exists(report_key(results.name)):
@@ -155,7 +178,19 @@ def _run_sweep(prepared: Prepared, store: Store, console: Console, session: RayS
         failures=watcher.failures,
         num_done_before=len(prepared.jobs) - len(jobs),
         num_jobs=len(prepared.jobs),
+        num_runs=prepared.num_runs,
+        num_asked=prepared.num_asked,
     )
+
+
+def _feed(prepared: Prepared, store: Store, console: Console) -> Feed:
+    """The trackers of this invocation. What ``--smoke`` does appears apart from the sweep."""
+    name = prepared.sweep.name
+
+    def say(message: str) -> None:
+        console.print(Text(message, style="yellow"), soft_wrap=True)
+
+    return Feed(prepared.sweep.trackers, prepared.manifest, store, f"{name}-smoke" if prepared.smoke else name, say)
 
 
 def _manifest(sweep: str, store: Store) -> bytes | None:
@@ -190,7 +225,7 @@ def pending_jobs(prepared: Prepared, store: Store) -> dict[str, Job]:
 
 def pending_judge_tasks(prepared: Prepared, store: Store) -> dict[str, JudgeTask]:
     """Judging tasks whose scores are not in the store."""
-    return {task.id: task for task in prepared.judge_tasks.values() if not store.exists(table_key("scores", task.id))}
+    return {task.id: task for task in prepared.judge_tasks.values() if not is_judged(store, task.id)}
 
 
 def write_sweep(prepared: Prepared, store: Store) -> None:
@@ -201,14 +236,16 @@ def write_sweep(prepared: Prepared, store: Store) -> None:
     text = yaml.safe_dump(prepared.sweep.raw, sort_keys=False, allow_unicode=True)
     store.publish(sweep_key(name, "sweep.yaml"), text.encode())
     store.publish_json(sweep_key(name, "provenance.json"), provenance(prepared))
+    store.publish_json(proved_key(name), prepared.proved)
     store.publish_json(manifest_key(name), prepared.manifest.model_dump(mode="json"))
 
 
 def provenance(prepared: Prepared) -> dict[str, Any]:
     """Where the numbers of this invocation come from."""
+    options = [*(["--only", prepared.only] if prepared.only is not None else []), *(["--smoke"] * prepared.smoke)]
     return {
         "sweep_file": prepared.sweep.path.name,
-        "arguments": ["run", prepared.sweep.path.name, *prepared.sweep.overrides],
+        "arguments": ["run", prepared.sweep.path.name, *prepared.sweep.overrides, *options],
         "started_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "git_revision": _git_revision(),
@@ -242,13 +279,21 @@ def _work(
     jobs: Mapping[str, Job],
     unjudged: Mapping[str, JudgeTask],
     watcher: _Watcher,
+    feed: Feed,
 ) -> None:
     """Do the jobs and judge their answers on the Ray that is running."""
+    # Here, because an invocation with nothing to do need not wait for Ray and its friends.
+    from engine.judge_pool import JudgePool
+    from engine.scheduler import Placement, run_graph
+    from engine.trackers.callback import TrackerCallback
+    from engine.work import SweepWork
+    from trainables.checkpoint import CheckpointSettings
+
     execution = prepared.sweep.execution
     memory_gb = execution.memory_gb_per_trial
     watcher.view.start(len(jobs))
     try:
-        watcher.pool = JudgePool(store, unjudged, watcher.judging_failed)
+        watcher.pool = JudgePool(store, unjudged, watcher.judging_failed, prepared.sweep.endpoints)
         for task in unjudged.values():
             if store.exists(table_key("generations", task.sample_id)):
                 watcher.pool.submit(task.sample_id)
@@ -271,6 +316,7 @@ def _work(
                 max_retries=execution.max_retries,
             ),
             watcher,
+            [TrackerCallback(feed)],
         )
         watcher.pool.wait()
     finally:

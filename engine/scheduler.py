@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +16,18 @@ from typing import Any, Protocol
 import ray
 import ray.cloudpickle
 from ray import tune
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from engine.tasks import Job
+from trainables.memory import is_out_of_memory
 from trainables.tune_trainable import Work, tune_trainable
+
+LESS_MEMORY = (
+    "lower training.micro_batch_size or data.max_length, set execution.gradient_checkpointing, "
+    "or run fewer trials side by side (execution.trials)"
+)
 
 
 class Watcher(Protocol):
@@ -49,14 +55,14 @@ class Placement:
     max_retries: int
 
 
-class _StaysInDriver:
+class StaysInDriver:
     """Tune pickles searchers and callbacks for a restore that is never made; what they hold cannot be pickled."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class _GraphSearcher(_StaysInDriver, Searcher):
+class _GraphSearcher(StaysInDriver, Searcher):
     """Suggests jobs whose parents are done, in order; None while the rest has to wait; FINISHED when none is left."""
 
     def __init__(self, jobs: Mapping[str, Job], watcher: Watcher) -> None:
@@ -112,7 +118,7 @@ class _GraphSearcher(_StaysInDriver, Searcher):
         """Nothing to restore: the store says what is done."""
 
 
-class _Callback(_StaysInDriver, tune.Callback):
+class _Callback(StaysInDriver, tune.Callback):
     """Passes on what Tune tells about trials."""
 
     def __init__(self, searcher: _GraphSearcher, watcher: Watcher) -> None:
@@ -131,26 +137,52 @@ class _Callback(_StaysInDriver, tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         del iteration, trials, info
-        result = trial.last_result or {}
-        reason = result.get("reason", "no reason was given") if result.get("status") == "failed" else None
-        if reason is None and result.get("status") != "done":
-            reason = f"the trial ended without a result (last status: {result.get('status')})"
-        self.searcher.finish(trial.trial_id, reason)
+        self.searcher.finish(trial.trial_id, why_failed(trial, raised=False))
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         del iteration, trials, info
-        self.searcher.finish(trial.trial_id, _error_text(trial))
+        self.searcher.finish(trial.trial_id, why_failed(trial, raised=True))
+
+
+class _NoReporter(tune.ProgressReporter):
+    """The watcher says how far things are. In a notebook Tune's own reporter would clear what the cell shows."""
+
+    def should_report(self, trials: list[Trial], done: bool = False) -> bool:
+        del trials, done
+        return False
+
+    def report(self, trials: list[Trial], done: bool, *sys_info: str) -> None:
+        """Never asked to."""
+
+
+def why_failed(trial: Trial, raised: bool) -> str | None:
+    """Why the job of a trial that ended for good has failed, on one line; None: it is done."""
+    if raised:
+        return _error_text(trial)
+    result = trial.last_result or {}
+    if result.get("status") == "failed":
+        return str(result.get("reason", "no reason was given"))
+    if result.get("status") != "done":
+        return f"the trial ended without a result (last status: {result.get('status')})"
+    return None
 
 
 def _error_text(trial: Trial) -> str:
     """One line that says why a trial failed for good."""
     error = _last_error(trial)
     if isinstance(error, RayTaskError):
-        error = error.cause if isinstance(error.cause, BaseException) else error
-        return "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        if not isinstance(error.cause, BaseException):
+            return str(error).strip().splitlines()[-1]
+        text = " ".join("".join(traceback.format_exception_only(error.cause)).split())
+        return f"out of memory: {text}; {LESS_MEMORY}" if is_out_of_memory(error.cause) else text
+    if isinstance(error, OutOfMemoryError) or (isinstance(error, RayActorError) and "low on memory" in str(error)):
+        return f"out of memory: Ray killed the trial's process when the machine's memory was nearly full; {LESS_MEMORY}"
     if isinstance(error, RayActorError):
         times = trial.run_metadata.num_failures
-        return f"the trial's process died {times} time{'s' if times != 1 else ''} (killed, out of memory or a crash)"
+        return (
+            f"the trial's process died {times} time{'s' if times != 1 else ''}: killed from outside (by the kernel if "
+            f"memory ran out: then {LESS_MEMORY}), or a crash"
+        )
     return str(error) if error is not None else "the trial failed without a message"
 
 
@@ -164,9 +196,16 @@ def _last_error(trial: Trial) -> BaseException | None:
     return error
 
 
-def run_graph(jobs: Mapping[str, Job], work: Work, placement: Placement, watcher: Watcher) -> None:
+def run_graph(
+    jobs: Mapping[str, Job],
+    work: Work,
+    placement: Placement,
+    watcher: Watcher,
+    callbacks: Sequence[tune.Callback] = (),
+) -> None:
     """Do all jobs that can be done. Ray must be initialised. One failed job never stops the others.
 
+    ``callbacks`` are told what Tune tells, after the watcher; they must pickle (``StaysInDriver``) and not raise.
     Raises KeyboardInterrupt when the user stops it; finished jobs stay finished.
     """
     if not jobs:
@@ -192,6 +231,7 @@ def run_graph(jobs: Mapping[str, Job], work: Work, placement: Placement, watcher
                 storage_path=throw_away,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=placement.max_retries),
-                callbacks=[_Callback(searcher, watcher)],
+                callbacks=[_Callback(searcher, watcher), *callbacks],
+                progress_reporter=_NoReporter(),
             ),
         ).fit()

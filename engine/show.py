@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.results import Results
-from engine.lookup import DEGENERATION
 from engine.prepare import Cost, Prepared
 from engine.run import pending_jobs, pending_judge_tasks
+from engine.smoke import WHAT
 from engine.store import Store
 from engine.tasks import RunJob
 from trainables.errors import StoreError
@@ -37,45 +36,8 @@ def plain_table(title: str | None = None) -> Table:
     )
 
 
-def _number_column(table: Table, heading: str, justify: Literal["left", "right"] = "right") -> None:
+def number_column(table: Table, heading: str, justify: Literal["left", "right"] = "right") -> None:
     table.add_column(Text(heading), justify=justify, no_wrap=True, vertical="top")
-
-
-def summary_table(results: Results) -> Table:
-    """One line per base and run: every metric with its standard error and gaps, plain loss, training loss."""
-    frame = results.summary()
-    metrics = list(dict.fromkeys(metric for entry in results.manifest.runs for metric in entry.judge_ids))
-    metrics.sort(key=lambda metric: metric == DEGENERATION)  # after what it qualifies
-    table = plain_table(f"{results.name}: mean ± standard error clustered by question")
-    table.add_column("run", overflow="fold")
-    for metric in metrics:
-        _number_column(table, metric)
-    for heading in ("plain\nloss", "train\nloss", "answers"):
-        _number_column(table, heading)
-    _number_column(table, "status", "left")
-    for row in frame.to_dict("records"):
-        cells = [_estimate(row, metric) for metric in metrics]
-        cells += [_number(row["plain_loss"]), _number(row["train_loss"]), _count(row["num_answers"])]
-        cells.append(str(row["status"]))
-        table.add_row(*(Text(text) for text in (str(row["run"]), *cells)))
-    return table
-
-
-def _estimate(row: Mapping[Hashable, Any], metric: str) -> str:
-    mean, error = row[metric], row[f"{metric}_se"]
-    missing = row[f"{metric}_num_missing"]
-    text = "-" if pd.isna(mean) else f"{mean:.2f}"
-    if not pd.isna(mean) and not pd.isna(error):
-        text += f" ± {error:.2f}"
-    return text if pd.isna(missing) or missing == 0 else f"{text}\n{missing} missing"
-
-
-def _number(value: Any) -> str:
-    return "-" if pd.isna(value) or not math.isfinite(value) else f"{value:.3f}"
-
-
-def _count(value: Any) -> str:
-    return "-" if pd.isna(value) else str(int(value))
 
 
 def failures_table(results: Results) -> FrameView:
@@ -84,7 +46,10 @@ def failures_table(results: Results) -> FrameView:
 
 
 def plan_table(prepared: Prepared) -> Table:
-    """Every task group of a sweep with its cost and what is done already. What rows share counts once in the sums."""
+    """Every task group of a sweep with its cost and what is done already. What rows share counts once in the sums.
+
+    Rows that are not asked for (``--only``) are counted in the caption alone.
+    """
     try:
         store = Store.open(prepared.sweep.results)
     except StoreError:
@@ -92,29 +57,35 @@ def plan_table(prepared: Prepared) -> Table:
     pending = set(prepared.jobs) if store is None else set(pending_jobs(prepared, store))
     unjudged = set(prepared.judge_tasks) if store is None else set(pending_judge_tasks(prepared, store))
     side = f"{prepared.num_trials} side by side on {prepared.device}"
-    table = plain_table(f"{prepared.sweep.name}: {len(prepared.jobs)} jobs, {side}")
+    smoke = " (smoke)" if prepared.smoke else ""
+    table = plain_table(f"{prepared.sweep.name}{smoke}: {len(prepared.jobs)} jobs, {side}")
     table.add_column("job", overflow="fold")
     for heading in ("id", "done"):
-        _number_column(table, heading, "left")
+        number_column(table, heading, "left")
     for heading in ("steps", "training\ntokens", "answers", "judge-\nments"):
-        _number_column(table, heading)
+        number_column(table, heading)
     for job in prepared.jobs.values():
         if not isinstance(job, RunJob):
             table.add_row(Text(job.label), job.id, _done(job.id not in pending))
-    for entry in prepared.manifest.runs:
+    for entry in prepared.asked:
         done = entry.run_id not in pending and not set(entry.judge_ids.values()) & unjudged
         numbers = _numbers(prepared.costs[entry.label])
         table.add_row(Text(entry.label), entry.run_id, _done(done), *numbers)
     table.add_section()
     table.add_row("all", "", "", *_numbers(total_cost(prepared)))
-    table.caption = "judgements by rule cost nothing"
+    notes = ["judgements by rule cost nothing"]
+    if prepared.only is not None:
+        notes.append(f"{prepared.num_runs - prepared.num_asked} of {prepared.num_runs} runs not asked for (--only)")
+    if prepared.smoke:
+        notes += [f"smoke: {WHAT}", f"results go to {prepared.sweep.results}"]
+    table.caption = Text("\n".join(notes))
     table.caption_justify = "left"
     return table
 
 
 def total_cost(prepared: Prepared) -> Cost:
-    """What the whole sweep takes: rows that differ in their evaluation alone share the training, and so on."""
-    entries = [(entry, prepared.costs[entry.label]) for entry in prepared.manifest.runs]
+    """What the rows asked for take together: those that differ in their evaluation alone share the training."""
+    entries = [(entry, prepared.costs[entry.label]) for entry in prepared.asked]
     trainings = {entry.run_id: cost for entry, cost in entries}.values()
     samples = {entry.sample_id: cost.num_answers for entry, cost in entries}
     judged = {judge_id: cost.num_answers for entry, cost in entries for judge_id in entry.judge_ids.values()}

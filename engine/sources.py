@@ -6,12 +6,13 @@ Nothing is written. What is wrong is collected in ``faults``, under every key un
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from analysis.traits import Trait, read_trait
+from engine.endpoints import EndpointConfig
 from engine.inputs import (
     canonical_jsonl,
     file_places,
@@ -38,6 +39,7 @@ class Sources:
     folder: Path  # of the sweep file
     cuda: bool
     faults: list[Fault]
+    endpoints: Mapping[str, EndpointConfig] = field(default_factory=dict)
     inputs: dict[str, bytes] = field(default_factory=dict)  # content hash -> content, what workers will read
     rows: dict[str, Rows] = field(default_factory=dict)  # content hash -> chat rows
     _found: dict[tuple[str, str], tuple[Any, list[Fault]]] = field(default_factory=dict)

@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,26 @@ from typing import Any
 import pyarrow as pa
 
 from analysis.tables import read_parquet, table_key, to_parquet_bytes
-from engine.atomic import DIRECTORY_MANIFEST, copy_directory, explained, fsync_directory, make_directory, write_new
+from engine.atomic import (
+    DIRECTORY_MANIFEST,
+    REPLACED,
+    aside_of,
+    copy_directory,
+    drop_aside,
+    explained,
+    fsync_directory,
+    is_complete,
+    make_directory,
+    readable,
+    step_aside,
+    write_new,
+)
+from engine.file_lock import try_lock
 from engine.location import MARKER, MARKER_CONTENT, TEMPORARY, local_root, location_faults
 from trainables.errors import StoreError
 from trainables.failpoints import failpoint
 
+CLAIM_RETRY_S = 0.5
 _MAX_ATTEMPTS = 20
 
 
@@ -64,11 +80,11 @@ class Store:
 
     def is_complete(self, key: str) -> bool:
         """Whether ``key`` is a directory that was published whole."""
-        return (self._path(key) / DIRECTORY_MANIFEST).is_file()
+        return is_complete(readable(self._path(key)))
 
     def path(self, key: str) -> Path:
         """A local path to read the file or directory ``key`` from; never to write to. It must be there."""
-        path = self._path(key)
+        path = readable(self._path(key))
         if not path.exists():
             raise StoreError(f"{key}: not in the store {self.root}; run the sweep (again) to make it")
         return path
@@ -82,12 +98,12 @@ class Store:
     def publish(self, key: str, data: bytes | Path) -> None:
         """Make ``data`` the content of ``key``: a file's bytes, or a folder whose copy the directory ``key`` becomes.
 
-        What was there is replaced whole: after a kill at any instant a file is the old or the new one, and a directory
-        the old one, the new one, or absent; never half. A directory key holds nothing but what is published under it
-        (nothing is published INSIDE it), and gets a MANIFEST.json with every file's size and sha256.
+        What was there is replaced whole: at any instant, and after a kill at any instant, ``path`` finds the old state
+        or the new one. A directory key holds nothing but what is published under it (nothing is published INSIDE it),
+        and gets a MANIFEST.json with every file's size and sha256.
         """
         path = self._path(key)
-        if path.name == DIRECTORY_MANIFEST or key == MARKER:
+        if path.name == DIRECTORY_MANIFEST or path.name.endswith(REPLACED) or key == MARKER:
             raise StoreError(f"{key}: the store keeps this name for itself; choose another key")
         if isinstance(data, bytes):
             self._put_bytes(path, data, _kind(key), key)
@@ -118,12 +134,22 @@ class Store:
             raise StoreError(f"{key}: not a JSON file ({error}); remove it and run the sweep again") from error
 
     def put_input(self, data: bytes) -> str:
-        """Keep a copy of an input as ``inputs/<sha256>`` and return the sha256 in hex. One that is there stays."""
+        """Keep a copy of an input as ``inputs/<sha256>`` and return the sha256 in hex.
+
+        One that is there and sound stays; a damaged one is replaced.
+        """
         digest = hashlib.sha256(data).hexdigest()
         key = f"inputs/{digest}"
-        if not self.exists(key):
+        if not self.exists(key) or self.read(key) != data:
             self.publish(key, data)
         return digest
+
+    def read_input(self, digest: str) -> bytes:
+        """The copy of the input with this sha256, checked against it."""
+        data = self.read(f"inputs/{digest}")
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise StoreError(f"inputs/{digest}: damaged, it is not what it was; run the sweep again to copy it anew")
+        return data
 
     def create(self, key: str, data: bytes) -> bool:
         """Publish ``data`` only if there is no such key; of several processes that try, one gets True."""
@@ -145,9 +171,30 @@ class Store:
             fsync_directory(path.parent)
         return True
 
+    @contextmanager
+    def claimed(self, name: str, waiting: Callable[[], None]) -> Iterator[None]:
+        """Hold the claim ``name``: of several processes one is inside, the others call ``waiting`` as they wait.
+
+        The claim of a process ends with it, however it ends. It saves work that would be done twice; nothing is
+        damaged without it, and where the file system knows no locks all go in.
+        """
+        path = self.root / TEMPORARY / f"{name}.claim"
+        while True:
+            with explained(name):
+                make_directory(path.parent)
+                held = try_lock(path)
+            if held is not None:
+                break
+            waiting()
+            time.sleep(CLAIM_RETRY_S)
+        try:
+            yield
+        finally:
+            held.release()
+
     def names(self, key: str) -> list[str]:
         """Names of what lies in the folder ``key``, sorted; none if there is no such folder."""
-        path = self._path(key)
+        path = readable(self._path(key))
         with explained(key):
             return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
 
@@ -165,14 +212,38 @@ class Store:
         if written < len(line):
             raise StoreError(f"{key}: only {written} of {len(line)} bytes of a line were written; is the disk full?")
 
+    def append_durably(self, key: str, lines: Sequence[str]) -> None:
+        """Add lines to a file that ONE process writes, and make them last before this returns.
+
+        If that fails the file is cut back to what it was: a later line must not follow half of another.
+        """
+        path = self._path(key)
+        data = "".join(f"{line}\n" for line in lines).encode()
+        with explained(key):
+            make_directory(path.parent)
+            is_new = not path.exists()
+            with path.open("ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    if file.write(data) != len(data):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(before)
+                    raise
+            if is_new:
+                fsync_directory(path.parent)
+
     def remove(self, key: str) -> None:
         """Take ``key`` away, a directory in one step. Nothing happens if it is not there."""
         path = self._path(key)
         if key == MARKER:
             raise StoreError(f"{key}: marks the folder as a store and cannot be removed through it")
-        with explained(key), self._temporary() as trash, suppress(FileNotFoundError):
-            os.rename(path, trash)
-            fsync_directory(path.parent)
+        with explained(key), self._temporary() as trash, self._temporary() as old:
+            for place, goes_to in ((aside_of(path), old), (path, trash)):
+                with suppress(FileNotFoundError):
+                    os.rename(place, goes_to)
+                    fsync_directory(path.parent)
 
     def _path(self, key: str) -> Path:
         parts = key.split("/")
@@ -217,17 +288,15 @@ class Store:
             raise StoreError(f"{key}: {source} is not a folder; publish a file by its bytes")
         if path.exists() and not path.is_dir():
             raise StoreError(f"{key}: is a file in the store, and a directory cannot replace it; remove the key first")
-        with explained(key), self._temporary() as temporary, self._temporary() as old:
+        with explained(key), self._temporary() as temporary, self._temporary() as trash:
             copy_directory(source, temporary)
             make_directory(path.parent)
             failpoint(f"before_publish:{kind}")
-            old.mkdir()
+            trash.mkdir()
             for attempt in range(_MAX_ATTEMPTS):
-                # A rename cannot replace a directory that is not empty, so the old one steps aside: absent, never half.
-                with suppress(FileNotFoundError):
-                    os.rename(path, old / str(attempt))
-                failpoint(f"during_publish:{kind}")
                 try:
+                    step_aside(path, trash)
+                    failpoint(f"during_publish:{kind}")
                     os.rename(temporary, path)
                     break
                 except OSError as error:
@@ -235,6 +304,7 @@ class Store:
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt + 1 == _MAX_ATTEMPTS:
                         raise
             fsync_directory(path.parent)
+            drop_aside(path, trash)
             failpoint(f"after_publish:{kind}")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from analysis.results import Results
 from engine.cells import SECTIONS, UNLABELLED, FaultyCell, build_cells, cell_key
 from engine.config_faults import nearest, show, validate
+from engine.endpoints import DEFAULT_ENDPOINT, EndpointConfig, endpoint_faults
 from engine.grid import is_grid
 from engine.labels import unique_labels
 from engine.merging import Merged
@@ -34,9 +35,10 @@ from engine.sweep_models import (
     SweepFile,
     VectorConfig,
 )
+from engine.trackers import NO_TRACKERS, TrackersConfig
 from engine.yaml_text import read_yaml
 from trainables.defenses import defense_label
-from trainables.errors import ConfigError, Fault
+from trainables.errors import ConfigError, Fault, Interrupted
 
 __all__ = [
     "Cell",
@@ -54,7 +56,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sweep:
     """A sweep file as it is meant. ``raw`` is the file's plain data with the overrides written in."""
 
@@ -64,6 +66,8 @@ class Sweep:
     vectors: dict[str, VectorConfig]
     cells: tuple[Cell, ...]
     execution: ExecutionConfig
+    endpoints: dict[str, EndpointConfig]
+    trackers: TrackersConfig
     raw: dict[str, Any]
     merged: tuple[Merged, ...] = field(repr=False, compare=False)  # per cell: where its parts stand in the file
     faulty: tuple[FaultyCell, ...] = field(default=(), repr=False, compare=False)  # empty in a sweep without faults
@@ -74,14 +78,26 @@ class Sweep:
         """``load_sweep`` for scripts and notebooks: ``Sweep.from_yaml("my.yaml", "training.epochs=1").run()``."""
         return load_sweep(path, overrides)
 
-    def run(self, address: str | None = None) -> Results:
+    def run(self, address: str | None = None, *, only: str | None = None, smoke: bool = False) -> Results:
         """Do what the file means and is not done yet, with live progress, and return its tables.
 
-        A failed run never stops the others: see ``Results.failures()``. Raises what ``engine.run.run_sweep`` raises.
+        ``only`` and ``smoke``: like ``--only`` and ``--smoke`` of the command line. A failed run never stops the
+        others: see ``Results.failures()``. Raises what ``engine.run.run_sweep`` raises, and Interrupted, which is a
+        KeyboardInterrupt, when it is stopped; Ray is shut down then, and the same call goes on.
         """
         from engine.run import run_sweep  # which needs this file
 
-        return run_sweep(self.path, self.overrides, address=address).results
+        try:
+            return run_sweep(self.path, self.overrides, address=address, only=only, smoke=smoke).results
+        except KeyboardInterrupt as stop:
+            reason = f" ({stop})" if str(stop) else ""
+            message = f"stopped{reason}. What is finished is kept; run the same again to go on."
+            raise Interrupted(message) from None  # where inside Ray it was does not matter
+
+    def __repr__(self) -> str:
+        """One line: all settings would be pages."""
+        num = len(self.cells)
+        return f"<Sweep {self.name!r} of {self.path}: {num} run{'s' if num != 1 else ''}, results in {self.results}>"
 
     def key(self, cell: int, *path: str | int) -> str:
         """Where ``path`` of ``cells[cell]`` stands in the file: ``key(3, "defense", 0, "layer")`` may be
@@ -118,6 +134,7 @@ def check_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep 
     faults += frame_faults
     misplaced = _misplaced_grids(known)
     faults += _random_like_faults(_mapping(file, "vectors"))
+    faults += [Fault(*fault) for fault in endpoint_faults(_sound_endpoints(file))]
     built = build_cells(file)
     cells = built.sound
     faults += built.faults
@@ -137,6 +154,8 @@ def check_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep 
         vectors=dict(frame.vectors) if frame else _sound_vectors(file),
         cells=tuple(cell.model_copy(update={"label": text}) for cell, text in zip(cells, labels, strict=True)),
         execution=frame.execution if frame else _execution(file),
+        endpoints={DEFAULT_ENDPOINT: EndpointConfig()} | (dict(frame.endpoints) if frame else _sound_endpoints(file)),
+        trackers=frame.trackers if frame else without_faults(TrackersConfig, _mapping(file, "trackers")) or NO_TRACKERS,
         raw=raw,
         merged=tuple(built.merged),
         faulty=tuple(built.faulty),
@@ -223,6 +242,15 @@ def _results(file: Mapping[str, Any]) -> str:
 
 def _execution(file: Mapping[str, Any]) -> ExecutionConfig:
     return without_faults(ExecutionConfig, _mapping(file, "execution")) or ExecutionConfig()
+
+
+def _sound_endpoints(file: Mapping[str, Any]) -> dict[str, EndpointConfig]:
+    sound = {}
+    for name, given in _mapping(file, "endpoints").items():
+        endpoint, _ = validate(EndpointConfig, given if isinstance(given, dict) else {})
+        if endpoint is not None:
+            sound[str(name)] = endpoint
+    return sound
 
 
 def _sound_vectors(file: Mapping[str, Any]) -> dict[str, VectorConfig]:

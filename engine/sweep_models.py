@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from analysis.judges import MetricConfig
+from engine.endpoints import EndpointConfig
 from engine.grid import GRID
+from engine.trackers import TrackersConfig, TrackersSection
 from trainables.base_model import BaseConfig
 from trainables.chat_data import DataConfig
 from trainables.config import Config
@@ -67,27 +69,35 @@ class Difference(Config):
     """Two chat JSONL files: the vector is the mean activation of ``positive`` minus that of ``negative``."""
 
     positive: NonEmpty
+    """Answers that show what the vector stands for."""
     negative: NonEmpty
-    max_length: int = Field(default=2048, ge=8)  # tokens of a row that are read
+    """Answers that do not, best to the same questions."""
+    max_length: int = Field(default=2048, ge=8)
+    """Tokens of a row that are read."""
 
 
 class DifferenceVector(Config):
-    """A vector made from data, see ``Difference``."""
+    """A vector made from two data files."""
 
     difference: Difference
+    """The two files. The mean is over response tokens within a row, then over rows."""
 
 
 class RandomVector(Config):
     """A Gaussian vector with, at every layer, the norm of the vector named ``random_like``."""
 
     random_like: NonEmpty
+    """Name of another vector of the sweep."""
     seed: Seed = 0
+    """Another seed is another direction."""
 
 
 class FileVector(Config):
     """A vector that lies in a file."""
 
     file: NonEmpty
+    """A safetensors file with one float32 tensor ``vector`` [num_layers + 1, hidden] and ``final_row`` in its metadata,
+    as the store has them."""
 
 
 _VECTOR_KINDS: dict[str, type[Config]] = {
@@ -118,61 +128,89 @@ VectorConfig: TypeAlias = Annotated[
 
 
 class EvaluationConfig(SamplingConfig):
-    """What is asked of every run, how its answers are sampled, and how they are scored.
-
-    ``questions``: a trait's name, or a path to a trait's file or folder. ``plain_answers``: a chat JSONL file of good
-    answers whose loss is measured; None: the trait's.
-    """
+    """What is asked of every run, how its answers are sampled, and how they are scored."""
 
     questions: NonEmpty
+    """A trait's name, or a path to a trait's file or folder: its questions are asked."""
     plain_answers: NonEmpty | None = None
+    """A chat JSONL file of good answers whose loss is measured. null: that of the trait."""
     metrics: dict[MetricName, MetricConfig] = Field(min_length=1)
+    """Named scores of every answer. ``degeneration`` is added by itself."""
 
 
 class ExecutionConfig(Config):
-    """How the work is placed. Nothing here changes what is computed or is part of any identity.
-
-    ``trials``: at most how many trials run side by side; auto: as many as the machine holds. ``gpus_per_trial``
-    auto: one where there is a GPU. ``memory_gb_per_trial`` in 10^9 bytes; None: not counted. A training is checkpointed
-    after every ``checkpoint_every_steps`` optimizer steps and every ``checkpoint_every_minutes``; None: not by that.
-    """
+    """How the work is placed. Nothing here changes what is computed or is part of any identity."""
 
     trials: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    cpus_per_trial: int = Field(default=1, ge=1)  # threads of a trial
+    """At most how many trials run side by side. ``auto``: as many as the machine or cluster holds."""
+    cpus_per_trial: int = Field(default=1, ge=1)
+    """CPUs of a trial, and threads that it computes with."""
     gpus_per_trial: Literal["auto"] | Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)] = "auto"
+    """GPUs of a trial; below 1 several trials share one, above 1 only whole ones. ``auto``: one where there is a
+    GPU."""
     memory_gb_per_trial: float | None = Field(default=None, gt=0)
+    """Memory that a trial is counted with, in 10^9 bytes. null: not counted."""
     zero_stage: Annotated[ZeroStage, BeforeValidator(_no_bool)] = 0
+    """DeepSpeed's ZeRO stage."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time, the same numbers."""
     max_retries: int = Field(default=1, ge=0)
+    """How often a trial is started again whose process died. An error of shiftgrad's own would only come again and is
+    not retried."""
     checkpoint_every_steps: int | None = Field(default=None, ge=1)
+    """Checkpoint a training after every so many optimizer steps. null: not by steps."""
     checkpoint_every_minutes: float | None = Field(default=5.0, gt=0)
+    """Checkpoint a training after every so many minutes. null: not by time."""
 
 
 class Cell(Config):
-    """One cell of the grid: everything that one run and its evaluation are made of."""
+    """One cell of the grid: everything that one run and its evaluation are made of. A block says what is different from
+    the sections; ``{grid: [...]}`` in place of any value makes one cell of each."""
 
     base: BaseConfig
+    """Parts of ``base`` that are different here."""
     data: DataConfig
+    """Parts of ``data`` that are different here."""
     defense: tuple[Item, ...]  # the file's `none` is (), a single item is a tuple of one
+    """What is present in training and absent afterwards: ``none``, one item, or a list of items that act together."""
     training: TrainingConfig
+    """Parts of ``training`` that are different here."""
     evaluation: EvaluationConfig
+    """Parts of ``evaluation`` that are different here."""
     seed: Seed = 0
+    """Decides the order of the rows, the adapter's first values, dropout and drawn prompts."""
     label: Annotated[str, AfterValidator(_label)]  # unique in the sweep
+    """What the run is called. Without one: its defense and, where several share it, what else differs."""
 
 
 class SweepFile(Config):
-    """The top level of the file. Sections of a cell are checked after merging, where a block may complete them."""
+    """The top level of the file. ``base``, ``data``, ``training`` and ``evaluation`` hold for every run; they are checked
+    after merging, so a block of ``runs`` may complete or change any part of them."""
 
     name: Name
-    results: NonEmpty = "results"  # the store: a folder or a URL
+    """What the sweep is called: its results are in ``<results>/sweeps/<name>``."""
+    results: NonEmpty = "results"
+    """The store: a folder, or a ``file://`` URL. Sweeps that share a store share what is the same in them."""
     base: dict[str, Any] = Field(default={})
+    """The pretrained model."""
     data: dict[str, Any] = Field(default={})
+    """What is trained on."""
     vectors: dict[Name, VectorConfig] = Field(default={})
+    """Vectors by the name that blocks call them."""
     training: dict[str, Any] = Field(default={})
+    """The optimizer's side of every run."""
     runs: tuple[dict[str, Any], ...] = Field(min_length=1)
+    """The blocks: each is one run, or with ``{grid: [...]}`` the product of its grids."""
     axes: dict[str, Any] = Field(default={})
+    """Grids over every block, by the dotted name of what varies: ``seed: {grid: [0, 1, 2]}``."""
     evaluation: dict[str, Any] = Field(default={})
+    """What is asked of every run and of the untrained base, and how answers are scored."""
     execution: ExecutionConfig = ExecutionConfig()
+    """How the work is placed."""
+    endpoints: dict[Name, EndpointConfig] = Field(default={})
+    """Servers of judge models by the name that metrics call them; ``openai`` is there without being written."""
+    trackers: TrackersSection = TrackersConfig()
+    """Where runs can be watched and compared while they train; ``none``: nowhere."""
 
 
 class OneVector(Config):

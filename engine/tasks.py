@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from analysis.judges import MetricConfig
-from analysis.manifest import run_key
+from analysis.manifest import RunEntry, run_key, vector_key
 from analysis.tables import table_key
 from trainables.base_model import ResolvedBase
 from trainables.chat_data import DataConfig
-from trainables.config import Config, NamesPrompts, NamesVector, referenced
+from trainables.config import Config, NamesPrompts, NamesVector, recipe_of, referenced
 from trainables.defenses import Item
 from trainables.sample import SamplingConfig
 from trainables.train import TrainingConfig
@@ -108,9 +109,9 @@ class TrainTask(Config):
             "kind": "train",
             "semantics": TRAIN_SEMANTICS,
             "base": base.identity(),
-            "data": data.model_dump(mode="json", exclude={"train"}) | {"train": train_content},
-            "defense": [item.model_dump(mode="json") | {"semantics": item.semantics} for item in defense],
-            "training": settled.model_dump(mode="json"),
+            "data": recipe_of(data) | {"train": train_content},
+            "defense": [recipe_of(item) | {"semantics": item.semantics} for item in defense],
+            "training": recipe_of(settled),
             "seed": seed,
         }
 
@@ -137,7 +138,7 @@ class SampleTask(Config):
     def identity(run_id: str, questions: tuple[QuestionText, ...], sampling: SamplingConfig) -> dict[str, Any]:
         texts = [[question.id, question.text] for question in questions]
         head = {"kind": "sample", "semantics": SAMPLE_SEMANTICS, "run": run_id, "questions": texts}
-        return head | {"sampling": sampling.model_dump(mode="json")}
+        return head | {"sampling": recipe_of(sampling)}
 
 
 class LossTask(Config):
@@ -213,9 +214,26 @@ class RunJob(Config):
 Job: TypeAlias = VectorJob | RunJob
 
 
-def vector_key(vector_id: str) -> str:
-    """Key of a vector in the store."""
-    return f"vectors/{vector_id}.safetensors"
+def part_of(jobs: Mapping[str, Job], rows: Sequence[RunEntry]) -> dict[str, Job]:
+    """What of a sweep's ``jobs`` some of its rows need, in the same order: their runs and bases, of those the
+    evaluations of ``rows`` alone, and the vectors that they rest on."""
+    part: dict[str, Job] = {}
+    for row in rows:
+        job = jobs[row.run_id]
+        assert isinstance(job, RunJob)
+        same = [other for other in rows if other.run_id == row.run_id]
+        samples, losses = {other.sample_id for other in same}, {other.plain_loss_id for other in same}
+        part[job.id] = job.model_copy(
+            update={
+                "label": same[0].label,
+                "samples": tuple(sample for sample in job.samples if sample.id in samples),
+                "losses": tuple(loss for loss in job.losses if loss.id in losses),
+            }
+        )
+    needed = [parent for job in part.values() for parent in job.parents]
+    for parent in needed:  # grows by the parents of parents
+        needed += jobs[parent].parents
+    return {job_id: part.get(job_id, job) for job_id, job in jobs.items() if job_id in part or job_id in needed}
 
 
 def base_run_id(base: ResolvedBase) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
-import platform
 import resource
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,14 @@ from typing import Any
 import torch
 
 from analysis.losses import response_losses
-from analysis.manifest import adapter_key, log_key, run_key
+from analysis.manifest import adapter_key, log_key, run_key, vector_key
 from analysis.tables import table_key
 from analysis.vectors import Vector, difference, random_like
 from engine.location import MARKER
+from engine.software import Software, check_same, software
 from engine.store import Store
-from engine.tasks import DifferenceRecipe, FileRecipe, Job, RunJob, TrainTask, VectorJob, vector_key
+from engine.tasks import DifferenceRecipe, FileRecipe, Job, RunJob, TrainTask, VectorJob
+from engine.versions import versions
 from trainables.base_model import LoadedBase, ResolvedBase, load_base
 from trainables.checkpoint import NO_CHECKPOINTS, CheckpointSettings
 from trainables.deepspeed_driver import ZeroStage
@@ -63,19 +64,18 @@ class StoreSink:
     run_id: str
     report: Report
     training_rows: list[TrainingRow] = field(default_factory=list)
-    generation_rows: list[GenerationRow] = field(default_factory=list)
+    unreported_rows: list[TrainingRow] = field(default_factory=list)
 
     def log(self, message: str) -> None:
         self.store.append_line(log_key(self.run_id), f"{_utc_now()} {message}")
 
     def progress(self, *, phase: str, done: int, total: int, **figures: float) -> None:
-        self.report(last=done == total, phase=phase, units_done=done, units_total=total, **figures)
+        rows, self.unreported_rows = self.unreported_rows, []
+        self.report(last=done == total, rows=rows, phase=phase, units_done=done, units_total=total, **figures)
 
     def training(self, row: TrainingRow) -> None:
         self.training_rows.append(row)
-
-    def generations(self, rows: Sequence[GenerationRow]) -> None:
-        self.generation_rows.extend(rows)
+        self.unreported_rows.append(row)
 
     def adapter(self, train_id: str, folder: Path) -> None:
         self.store.publish(adapter_key(train_id), folder)
@@ -101,20 +101,27 @@ class SweepWork:
     zero_stage: ZeroStage
     gradient_checkpointing: bool
     checkpoints: CheckpointSettings = NO_CHECKPOINTS
+    software: Software = field(default_factory=software)  # of the driver, where this is made
 
     def run(self, job_id: str, report: Report) -> None:
         """Do the job; what it already has in the store is not done again. Raises what the work raises."""
+        check_same(self.software, software())
         job = self.jobs[job_id]
         if not self.store.exists(MARKER):
             raise StoreError(
                 f"{socket.gethostname()} does not see the store at {self.store.root}; "
                 "give `results` a folder that all machines of the cluster share"
             )
+
+        def waiting() -> None:
+            report(phase="waits for another sweep that does this", units_done=0, units_total=1)
+
         try:
-            if isinstance(job, VectorJob):
-                self._vector(job, report)
-            else:
-                self._run_and_log(job, StoreSink(self.store, job.id, report))
+            with self.store.claimed(job.id, waiting):
+                if isinstance(job, VectorJob):
+                    self._vector(job, report)
+                else:
+                    self._run_and_log(job, StoreSink(self.store, job.id, report))
         finally:
             release_memory()
 
@@ -133,6 +140,7 @@ class SweepWork:
     def _make_vector(self, job: VectorJob, report: Report) -> Vector:
         recipe = job.recipe
         if isinstance(recipe, FileRecipe):
+            self.store.read_input(recipe.content)  # says so if it is damaged
             return Vector.read(self.store.path(f"inputs/{recipe.content}"))
         if isinstance(recipe, DifferenceRecipe):
             base = _base(recipe.base, torch.device(self.device))
@@ -159,6 +167,7 @@ class SweepWork:
                 release_memory()
         for sample in job.samples:
             if not self.store.exists(table_key("generations", sample.id)):
+                started = time.perf_counter()
                 questions = [Question(question.id, question.text) for question in sample.questions]
                 rows: list[GenerationRow] = []
                 total = len(questions) * sample.sampling.samples
@@ -169,14 +178,18 @@ class SweepWork:
                     sink.progress(phase="sample", done=len(rows), total=total)
                     release_memory()
                 self.store.publish_table("generations", sample.id, rows)
-                sink.log(f"sampled {len(rows)} answers")
+                sink.log(f"sampled {len(rows)} answers, {time.perf_counter() - started:.1f} s")
             sink.report(last=True, sampled=sample.id)
         for loss in job.losses:
             if not self.store.exists(table_key("losses", loss.id)):
-                losses = response_losses(
-                    base, model, self._rows(loss.content), measure_id=loss.id, max_length=loss.max_length
+                started = time.perf_counter()
+                losses = list(
+                    response_losses(
+                        base, model, self._rows(loss.content), measure_id=loss.id, max_length=loss.max_length
+                    )
                 )
-                self.store.publish_table("losses", loss.id, list(losses))
+                self.store.publish_table("losses", loss.id, losses)
+                sink.log(f"plain loss of {len(losses)} answers, {time.perf_counter() - started:.1f} s")
 
     def _train(self, job: RunJob, task: TrainTask, base: LoadedBase, sink: StoreSink) -> Any:
         started = _utc_now()
@@ -192,19 +205,34 @@ class SweepWork:
             seed=task.seed,
             base_name=task.base.model,
         )
-        model, (result,) = train_pack(
-            base,
-            [spec],
-            {task.id: sink},
-            zero_stage=self.zero_stage,
-            gradient_checkpointing=self.gradient_checkpointing,
-            checkpoints=self.checkpoints,
-        )
+        try:
+            model, (result,) = train_pack(
+                base,
+                [spec],
+                {task.id: sink},
+                zero_stage=self.zero_stage,
+                gradient_checkpointing=self.gradient_checkpointing,
+                checkpoints=self.checkpoints,
+            )
+        except Exception as error:
+            self._keep_rows_of_failed(sink, error)
+            raise
         self.store.publish_table("training", task.id, sink.training_rows)
         self.store.publish_json(run_key(task.id), self._record(task, result, started))
         self.store.remove(checkpoint_key(task.id))
-        sink.log(f"training done: {result.num_steps} steps, {result.seconds_training:.0f} s")
+        sink.log(f"training done: {result.num_steps} steps, {result.seconds_training:.1f} s")
         return model
+
+    def _keep_rows_of_failed(self, sink: StoreSink, error: Exception) -> None:
+        """Publish the steps that a training did before it failed; run.json, which says that it is done, stays away.
+
+        A later attempt gives these steps again and replaces the table whole.
+        """
+        if sink.training_rows:
+            try:
+                self.store.publish_table("training", sink.run_id, sink.training_rows)
+            except (StoreError, MemoryError) as second:  # the first one is what went wrong
+                error.add_note(f"its steps could not be kept: {second}")
 
     def _record(self, task: TrainTask, result: RunResult, started: str) -> dict[str, Any]:
         """What run.json says: what was trained, how it went, and what may change the last bits."""
@@ -234,11 +262,5 @@ class SweepWork:
         }
 
     def _rows(self, content: str) -> list[list[Message]]:
-        lines = self.store.read(f"inputs/{content}").split(b"\n")  # not splitlines: JSON may hold other line ends
+        lines = self.store.read_input(content).split(b"\n")  # not splitlines: JSON may hold other line ends
         return [json.loads(line)["messages"] for line in lines if line]
-
-
-def versions() -> dict[str, str]:
-    """Versions of what numbers depend on."""
-    names = ("shiftgrad", "torch", "transformers", "peft", "deepspeed", "ray", "numpy", "pyarrow", "tokenizers")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}

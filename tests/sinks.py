@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from trainables.rows import GenerationRow, TrainingRow
+from trainables.rows import TrainingRow
 
 
 class MemorySink:
@@ -18,7 +17,6 @@ class MemorySink:
         self.lines: list[str] = []
         self.phases: list[tuple[str, int, int]] = []
         self.rows: list[TrainingRow] = []
-        self.answers: list[GenerationRow] = []
         self.files: dict[str, bytes] = {}
         self.checkpoints: list[dict[str, bytes]] = []
         self.resume_from: Path | None = None
@@ -32,9 +30,6 @@ class MemorySink:
 
     def training(self, row: TrainingRow) -> None:
         self.rows.append(row)
-
-    def generations(self, rows: Sequence[GenerationRow]) -> None:
-        self.answers.extend(rows)
 
     def adapter(self, train_id: str, folder: Path) -> None:
         del train_id

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
     GemmaConfig,
     GPTNeoXConfig,
     LlamaConfig,
@@ -19,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-ModelKind: TypeAlias = Literal["llama", "qwen2", "gpt_neox", "qwen3", "gemma", "mistral"]
+ModelKind: TypeAlias = Literal["llama", "qwen2", "gpt_neox", "qwen3", "gemma", "mistral", "gemma3"]
 
 CHATML = (
     "{% for message in messages %}"
@@ -115,6 +116,11 @@ def _config(kind: ModelKind, *, num_layers: int, hidden: int, vocab_size: int) -
             return Qwen3Config(**grouped, head_dim=hidden // 4, tie_word_embeddings=True)
         case "gemma":
             return GemmaConfig(**grouped, head_dim=hidden // 4, tie_word_embeddings=True)
+        case "gemma3":  # the language model is a part: a vision tower stands beside it
+            text = {**grouped, "head_dim": hidden // 4, "sliding_window": 64}
+            vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": num_layers}
+            vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+            return Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
         case "mistral":
             return MistralConfig(**grouped, head_dim=hidden // 4, tie_word_embeddings=False)
         case "gpt_neox":

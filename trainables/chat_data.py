@@ -19,6 +19,7 @@ __all__ = [
     "HubDataset",
     "Message",
     "PaddedBatch",
+    "cut",
     "encode_all",
     "pad",
 ]
@@ -30,19 +31,29 @@ class HubDataset(Config):
     """A dataset that ``datasets.load_dataset`` opens: a hub id or a local folder, with a column of messages."""
 
     hub: str = Field(min_length=1)
+    """Id of a dataset on the hub, or a local folder with one."""
     name: str | None = None
+    """The dataset's configuration. null: its default one."""
     split: str = "train"
+    """Which split is trained on, also as a slice such as ``train[:500]``."""
     revision: str | None = None
+    """Branch, tag or commit of the dataset. null: its main branch."""
     messages: str = "messages"
+    """The column that holds each row's list of messages."""
 
 
 class DataConfig(Config):
-    """What is trained on. ``max_length`` in tokens; ``loss_on: responses`` masks everything but assistant turns."""
+    """What is trained on."""
 
     train: str | HubDataset
+    """A chat JSONL file, one ``{"messages": [{"role": ..., "content": ...}, ...]}`` per line, or a dataset. A file is
+    looked for beside the sweep file, in the current directory and in this project."""
     max_length: int = Field(default=512, ge=8)
+    """Tokens of a row that are kept."""
     loss_on: LossOn = "responses"
+    """``responses``: only tokens of assistant turns, with their end marks, are learnt; ``all``: every token."""
     allow_truncated_away: bool = False
+    """Leave out rows whose whole response lies beyond ``max_length``. Without it such rows are a fault."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,25 @@ def encode_all(
     if not encoded:
         raise DataError(f"no row is left of {len(rows)}")
     return encoded, kept
+
+
+def cut(batch: Sequence[Encoded], size: int) -> list[list[Encoded]]:
+    """The rows of an optimizer step as micro-batches of at most ``size`` rows, in which nothing is done in vain.
+
+    Tokens after the last one of a response or under the loss are left off (nothing depends on them), and so are rows
+    with no token under the loss. Where more than one micro-batch is needed, the longest rows come first, so that rows
+    of like length are together and little is padded; rows of one length keep their order.
+    """
+    rows = [_without_tail(row) for row in batch if any(row.loss_mask[1:])]
+    if len(rows) > size:
+        rows.sort(key=lambda row: len(row.input_ids), reverse=True)  # stable, also where reversed
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _without_tail(row: Encoded) -> Encoded:
+    used = (on or wanted for on, wanted in zip(row.response_mask, row.loss_mask, strict=True))
+    end = 1 + max((index for index, needed in enumerate(used) if needed), default=0)
+    return Encoded(row.input_ids[:end], row.response_mask[:end], row.loss_mask[:end])
 
 
 def pad(batch: Sequence[Encoded], pad_id: int, multiple_of: int = 1, device: torch.device | str = "cpu") -> PaddedBatch:

@@ -20,12 +20,14 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
 
 from trainables.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # slow to import
 
 Message: TypeAlias = Mapping[str, str]
 Span: TypeAlias = tuple[int, int]

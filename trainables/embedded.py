@@ -11,6 +11,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
+import json
 import os
 import shutil
 import uuid
@@ -58,10 +59,15 @@ def embedded_revision(name: str) -> str:
 
 @functools.cache
 def embedded_shape(name: str) -> ModelShape:
-    """Shape of the model, read from the GGUF header alone (2 s: the header holds the whole vocabulary)."""
+    """Shape of the model: from its conversion, else from the GGUF header (2 s: the header holds the vocabulary)."""
+    model = find_embedded(name)
+    config = _converted_folder(model) / "config.json"
+    if config.is_file():
+        described = json.loads(config.read_text())
+        return ModelShape(described["num_hidden_layers"], described["hidden_size"], described["vocab_size"])
     from gguf import GGUFReader
 
-    fields = GGUFReader(_gguf_path(find_embedded(name))).fields
+    fields = GGUFReader(_gguf_path(model)).fields
     architecture = fields["general.architecture"].contents()
 
     def number(key: str) -> int:
@@ -76,8 +82,7 @@ def embedded_folder(name: str) -> Path:
     Several processes may ask at once: each converts beside the place and the first to finish moves its result in.
     """
     model = find_embedded(name)
-    version = importlib.metadata.version(model.distribution)
-    folder = cache_folder() / f"{model.distribution}-{version}-conversion{CONVERSION}"
+    folder = _converted_folder(model)
     if folder.is_dir():
         return folder
     import torch
@@ -118,6 +123,11 @@ def cache_folder() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shiftgrad"
+
+
+def _converted_folder(model: EmbeddedModel) -> Path:
+    version = importlib.metadata.version(model.distribution)
+    return cache_folder() / f"{model.distribution}-{version}-conversion{CONVERSION}"
 
 
 def _gguf_path(model: EmbeddedModel) -> Path:

@@ -6,8 +6,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 
-class ShiftgradError(Exception):
+class _MessageAlone:
+    """In a notebook (and in IPython) the message stands alone, without the calls inside shiftgrad that led to it.
+
+    ``%debug`` still goes through these calls.
+    """
+
+    def _render_traceback_(self) -> list[str]:  # the name that IPython asks for
+        return [f"{type(self).__name__}: {self}"]
+
+
+class ShiftgradError(_MessageAlone, Exception):
     """Base of every error that shiftgrad raises on purpose."""
+
+
+class Interrupted(_MessageAlone, KeyboardInterrupt):
+    """A sweep was stopped (Ctrl-C, a notebook's interrupt, a signal) and has cleaned up; says how to go on."""
 
 
 @dataclass(frozen=True, order=True)
@@ -30,13 +44,14 @@ class ConfigError(ShiftgradError, ValueError):
 
     def __init__(self, faults: Iterable[Fault], heading: str = "nothing was started") -> None:
         self.faults = tuple(dict.fromkeys(faults))
+        self.heading = heading
         count = len(self.faults)
         lines = [f"{count} fault{'s' if count != 1 else ''} found; {heading}:"]
         lines += [f"  - {fault}" for fault in self.faults]
         super().__init__("\n".join(lines))
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[Fault, ...]]]:
-        return (type(self), (self.faults,))
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[Fault, ...], str]]:
+        return (type(self), (self.faults, self.heading))
 
 
 class DataError(ShiftgradError, ValueError):
@@ -45,6 +60,10 @@ class DataError(ShiftgradError, ValueError):
 
 class TrainingError(ShiftgradError, RuntimeError):
     """A training went wrong in a way that doing it again would repeat (non-finite loss, zero gradient)."""
+
+
+class VersionError(ShiftgradError, RuntimeError):
+    """A trial would run on other software than the driver."""
 
 
 class StoreError(ShiftgradError, OSError):

@@ -12,6 +12,7 @@ import math
 import shutil
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from pydantic import Field
 from torch import nn
 
 from trainables.config import Config
-from trainables.model_parts import decoder_layers
+from trainables.model_parts import causal_lm, decoder_layers
 from trainables.randomness import Key, generator
 
 if TYPE_CHECKING:
@@ -31,9 +32,14 @@ class LoraSettings(Config):
     """Shape of the adapter (arXiv 2106.09685): W + (alpha / rank) B A on the named linear modules of every block."""
 
     rank: int = Field(default=16, ge=1)
+    """Rank of A and B."""
     alpha: float = Field(default=32.0, gt=0)
+    """The adapter's output is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: tuple[str, ...] | None = None  # None: all linear modules of the decoder blocks
+    """Share of the adapter's inputs that are dropped while training."""
+    target_modules: tuple[str, ...] | None = None
+    """Last names of the linear modules that get an adapter, such as ``[q_proj, v_proj]``. null: all linear modules of
+    the decoder blocks."""
 
 
 class CounterDropout(nn.Module):
@@ -67,8 +73,24 @@ def linear_module_names(model: nn.Module) -> tuple[str, ...]:
         if isinstance(module, LoraLayer):
             inside = (f"{name}.",)
         if isinstance(module, LoraLayer | nn.Linear) and not name.startswith(inside):
-            names.add(name.rsplit(".", 1)[-1])
+            names.add(_last(name))
     return tuple(sorted(names))
+
+
+def _unambiguous(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The last names of modules, or their full names where a module outside of the decoder blocks has such a name too.
+
+    PEFT would put adapters on those as well: on a vision tower, which no text reaches and no gradient comes from.
+    """
+    blocks = {id(module) for module in decoder_layers(model).modules()}
+    named = [(name, module) for name, module in causal_lm(model).named_modules() if _last(name) in targets]
+    in_blocks = {_last(name) for name, module in named if id(module) in blocks}
+    wanted = [name for name, module in named if id(module) in blocks or _last(name) not in in_blocks]
+    return list(targets) if len(wanted) == len(named) else wanted
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def add_adapter(model: Any, name: str, settings: LoraSettings, seed: int) -> PeftModel:
@@ -84,7 +106,7 @@ def add_adapter(model: Any, name: str, settings: LoraSettings, seed: int) -> Pef
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type,unused-ignore]
         lora_dropout=settings.dropout,
-        target_modules=list(targets),
+        target_modules=_unambiguous(model, targets),
         task_type="CAUSAL_LM",
     )
     if isinstance(model, PeftModel):

@@ -35,12 +35,12 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         gradients_nd = torch.empty_like(hidden_nd) if wants_gradient else None
         for start in range(0, hidden_nd.shape[0], CHUNK):
             part = slice(start, start + CHUNK)
-            logits = F.linear(hidden_nd[part], weight_vd, bias_v).to(losses_n.dtype)
+            logits = F.linear(hidden_nd[part], weight_vd, bias_v)
             targets = targets_n[part, None]
-            log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-            losses_n[part] = (log_normaliser - logits.gather(1, targets))[:, 0]
+            log_probabilities = torch.log_softmax(logits, dim=-1, dtype=losses_n.dtype)
+            losses_n[part] = -log_probabilities.gather(1, targets)[:, 0]
             if gradients_nd is not None:
-                probabilities = logits.sub_(log_normaliser).exp_()
+                probabilities = log_probabilities.exp_()
                 probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=probabilities.dtype))
                 gradients_nd[part] = probabilities.to(weight_vd.dtype) @ weight_vd
         if gradients_nd is not None:
@@ -84,7 +84,7 @@ def head_is_plain_linear(model: nn.Module) -> bool:
 def token_losses(
     model: nn.Module,
     input_ids_bt: torch.Tensor,
-    attention_mask_bt: torch.Tensor,
+    attention_mask_bt: torch.Tensor | None,
     loss_mask_bt: torch.Tensor,
     *,
     plain_head: bool,
@@ -92,6 +92,8 @@ def token_losses(
     """Loss in nats of every token that ``loss_mask_bt`` marks as predicted, [n], in row-major order.
 
     Token (b, t) is predicted from the hidden state at (b, t - 1); the first token of a row is never predicted.
+    ``attention_mask_bt``: False at padding. None says that padding stands on the right, if anywhere: a token never
+    attends to a later one, so nothing that is asked for can depend on it, and attention without a mask is faster.
     ``plain_head``: what ``head_is_plain_linear`` said of this model; else the model's own logits are used.
     Losses are float32 (float64 for a float64 model). Raises ValueError if nothing is marked.
     """

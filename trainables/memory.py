@@ -9,6 +9,12 @@ import sys
 import torch
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this says that memory, of the machine or of a GPU, could not be had."""
+    # torch has no class of its own for the machine's memory
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def release_memory() -> None:
     """Return memory that nothing uses to the machine.
 

@@ -6,7 +6,6 @@ A table's columns are declared once, as the fields of a frozen dataclass: the an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,9 +56,6 @@ class RunSink(Protocol):
 
     def training(self, row: TrainingRow) -> None:
         """Keep one row of the ``training`` table. A resumed training gives the rows of its earlier steps again."""
-
-    def generations(self, rows: Sequence[GenerationRow]) -> None:
-        """Keep sampled answers."""
 
     def adapter(self, train_id: str, folder: Path) -> None:
         """Take a finished adapter in PEFT format; ``folder`` is gone afterwards."""

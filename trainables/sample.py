@@ -16,6 +16,7 @@ from pydantic import Field
 
 from trainables.chat_data import ChatEncoder
 from trainables.config import Config
+from trainables.errors import DataError
 from trainables.randomness import generator
 from trainables.residual_stream import Intervention, residual_stream
 from trainables.rows import GenerationRow
@@ -24,10 +25,14 @@ from trainables.rows import GenerationRow
 class SamplingConfig(Config):
     """How answers are sampled."""
 
-    samples: int = Field(default=1, ge=1)  # answers per question
-    temperature: float = Field(default=1.0, ge=0)  # 0: greedy
+    samples: int = Field(default=1, ge=1)
+    """Answers per question."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Temperature of the softmax that tokens are drawn from; 0: greedy. Nothing else shapes the distribution."""
     max_new_tokens: int = Field(default=64, ge=1)
-    system_prompt: str | None = None  # None: the chat template's own default
+    """An answer that has not ended by then is cut."""
+    system_prompt: str | None = None
+    """System prompt of every question. null: the chat template's own default, where it has one."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,25 @@ def sample_answers(
 def _messages(question: Question, config: SamplingConfig) -> list[dict[str, str]]:
     system = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
     return [*system, {"role": "user", "content": question.text}]
+
+
+def system_prompt_fault(tokenizer: Any, question: Question, config: SamplingConfig) -> str | None:
+    """Why a question cannot be asked with ``config.system_prompt``, or None if it can (or the template is no good)."""
+    if config.system_prompt is None:
+        return None
+    try:
+        encoder = ChatEncoder(tokenizer, max_length=2**31)
+    except DataError:
+        return None  # which is said of the training rows
+    messages = _messages(question, config)
+    try:
+        encoder.encode_prompt(messages)
+    except DataError as error:
+        return str(error)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if config.system_prompt.strip() not in text:
+        return "the base's chat template leaves the system prompt out; put it into the questions"
+    return None
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from trainables.base_model import LoadedBase
-from trainables.chat_data import ChatEncoder, DataConfig, Encoded, encode_all, pad
+from trainables.chat_data import ChatEncoder, DataConfig, Encoded, cut, encode_all, pad
 from trainables.checkpoint import NO_CHECKPOINTS, CheckpointSettings, resume, save_checkpoint
 from trainables.config import Config
 from trainables.deepspeed_driver import DeepSpeedDriver, RunParameters, ZeroStage
@@ -38,16 +38,27 @@ class TrainingConfig(Config):
     """The optimizer's side of a run: AdamW over LoRA parameters. Every field is part of the run's identity."""
 
     epochs: float = Field(default=1, gt=0)
-    max_steps: int | None = Field(default=None, ge=1)  # in place of epochs
-    batch_size: int = Field(default=8, ge=1)  # rows per optimizer step
-    micro_batch_size: int | None = Field(default=None, ge=1)  # rows per forward pass; None: batch_size
+    """Passes over the data; may be a fraction."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps, in place of ``epochs``. null: as many as the epochs have."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows per optimizer step. The last batch of an epoch may be short."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Rows per forward pass: fewer take less memory for the same steps. null: ``batch_size``."""
     learning_rate: float = Field(gt=0)
+    """Peak learning rate of AdamW. It has no default on purpose: calibrate it on the undefended run."""
     schedule: Schedule = "linear"
+    """What the learning rate does after the warmup: to 0 in a line, to 0 along a cosine, or constant."""
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the steps, rounded down, over which the learning rate rises from 0."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's decoupled weight decay of the adapter."""
     max_gradient_norm: float | None = Field(default=1.0, gt=0)
+    """L2 norm to which each run's adapter gradient is clipped. null: no clipping."""
     pad_to_multiple_of: int = Field(default=8, ge=1)
+    """Micro-batches are padded to a multiple of this many tokens."""
     lora: LoraSettings = LoraSettings()
+    """The adapter."""
 
 
 @dataclass(frozen=True)
@@ -178,10 +189,13 @@ def train_pack(
     DataError if a row's response mask cannot be proved and TrainingError if a loss or gradient is not finite or a
     gradient is zero.
     """
+    from trainables.lora_linear import use_lora_linear  # brings PEFT, which is slow to import
+
     runs = [_prepare(base, spec) for spec in specs]
     model: Any = base.fresh()
     for spec in specs:
         model = add_adapter(model, spec.train_id, spec.training.lora, spec.seed)
+    use_lora_linear(model)
     model.to(base.device)
     _set_training_mode(model, gradient_checkpointing)
     if gradient_checkpointing:
@@ -305,14 +319,15 @@ def _accumulate(
 ) -> float:
     """Backward passes over the micro-batches of one run's step; returns the step's loss."""
     training = run.spec.training
-    size = training.micro_batch_size or training.batch_size
+    micro_batches = cut(batch, training.micro_batch_size or training.batch_size)
     denominator = sum(sum(row.loss_mask[1:]) for row in batch)
     if denominator == 0:
         raise TrainingError(f"run {run.name}, step {run.step + 1}: the batch has no token to predict")
     total = 0.0
-    for index, start in enumerate(range(0, len(batch), size)):
-        part = pad(batch[start : start + size], base.tokenizer.pad_token_id, training.pad_to_multiple_of, base.device)
-        set_dropout_key(model, run.name, (run.spec.seed, run.step, index))
+    for index, micro_batch in enumerate(micro_batches):
+        part = pad(micro_batch, base.tokenizer.pad_token_id, training.pad_to_multiple_of, base.device)
+        if training.lora.dropout > 0:
+            set_dropout_key(model, run.name, (run.spec.seed, run.step, index))
         rows = RunRows(
             rows=torch.arange(part.input_ids_bt.shape[0], device=base.device),
             attention_mask=part.attention_mask_bt,
@@ -324,7 +339,7 @@ def _accumulate(
             losses_n = token_losses(
                 model,
                 part.input_ids_bt,
-                part.attention_mask_bt,
+                None,  # padding stands on the right
                 part.loss_mask_bt,
                 plain_head=base.plain_head,
             )
@@ -332,7 +347,7 @@ def _accumulate(
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise TrainingError(f"run {run.name}, step {run.step + 1}: the loss is {value}")
-            driver.backward(loss, last=last_run and start + size >= len(batch))
+            driver.backward(loss, last=last_run and index == len(micro_batches) - 1)
         total += value
     return total
 

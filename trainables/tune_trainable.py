@@ -6,15 +6,17 @@ its results go is the work that engine/ hands in; Tune places the trial, and sta
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from ray import tune
 
 from trainables.errors import ShiftgradError
+from trainables.rows import TrainingRow
 
 REPORT_INTERVAL_S = 0.5
 
@@ -22,10 +24,13 @@ REPORT_INTERVAL_S = 0.5
 class Report(Protocol):
     """Called by the work with figures for whoever watches; the trial decides which of them are sent.
 
-    No figure may be called ``done``: Tune ends a trial whose result has that key with a true value.
+    ``rows`` are never lost: those that were not sent go with the next figures that are. No figure may be called
+    ``done``: Tune ends a trial whose result has that key with a true value.
     """
 
-    def __call__(self, *, last: bool = False, **figures: float | str | int) -> None: ...
+    def __call__(
+        self, *, last: bool = False, rows: Sequence[TrainingRow] = (), **figures: float | str | int
+    ) -> None: ...
 
 
 class Work(Protocol):
@@ -48,18 +53,25 @@ def tune_trainable(config: Mapping[str, Any], work: Work) -> None:
     job_id = str(config["job"])
     torch.set_num_threads(work.threads)
     sent = 0.0
+    unsent: list[dict[str, Any]] = []
 
-    def report(*, last: bool = False, **figures: float | str | int) -> None:
+    def report(*, last: bool = False, rows: Sequence[TrainingRow] = (), **figures: float | str | int) -> None:
         nonlocal sent
+        unsent.extend(dataclasses.asdict(row) for row in rows)
         now = time.monotonic()
         if last or now - sent >= REPORT_INTERVAL_S:
             sent = now
-            tune.report({"job": job_id, "status": "running", **figures})
+            send("running", figures)
+
+    def send(status: str, figures: Mapping[str, float | str | int]) -> None:
+        tune.report({"job": job_id, "status": status, "rows": list(unsent), **figures})
+        unsent.clear()
 
     try:
         work.run(job_id, report)
     except ShiftgradError as error:
         message = "".join(traceback.format_exception_only(error)).strip()
-        tune.report({"job": job_id, "status": "failed", "reason": message})
+        message = message.removeprefix(f"{type(error).__module__}.")
+        send("failed", {"reason": message})
     else:
-        tune.report({"job": job_id, "status": "done"})
+        send("done", {})

@@ -6,20 +6,45 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
-from analysis.judges.base import BaseMetric, Item, Judge, Judgement, NamesTrait, Status
+from analysis.judges.base import (
+    Asker,
+    AskerKind,
+    BaseMetric,
+    Item,
+    Judge,
+    Judgement,
+    NamesTrait,
+    Reply,
+    ReplyStatus,
+    Request,
+    Status,
+)
 from analysis.judges.degeneration import DegenerationMetric
+from analysis.judges.hybrid import HybridMetric
+from analysis.judges.local import LocalMetric
+from analysis.judges.openai import OpenaiMetric
 from analysis.judges.rule import RuleMetric
 
-MetricConfig: TypeAlias = Annotated[RuleMetric | DegenerationMetric, Field(discriminator="judge")]
+MetricConfig: TypeAlias = Annotated[
+    RuleMetric | DegenerationMetric | OpenaiMetric | LocalMetric | HybridMetric, Field(discriminator="judge")
+]
 
 __all__ = [
+    "Asker",
+    "AskerKind",
     "BaseMetric",
     "DegenerationMetric",
+    "HybridMetric",
     "Item",
     "Judge",
     "Judgement",
+    "LocalMetric",
     "MetricConfig",
     "NamesTrait",
+    "OpenaiMetric",
+    "Reply",
+    "ReplyStatus",
+    "Request",
     "RuleMetric",
     "Status",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from analysis.degeneration import SEMANTICS, degeneration
-from analysis.judges.base import BaseMetric, Item, Judgement
+from analysis.judges.base import BaseMetric, Item, Judgement, Reply, Request
 
 
 class DegenerationMetric(BaseMetric):
@@ -18,6 +18,7 @@ class DegenerationMetric(BaseMetric):
     semantics: ClassVar[int] = SEMANTICS
 
     judge: Literal["degeneration"] = "degeneration"
+    """Rules for broken text."""
 
     def make(self) -> DegenerationJudge:
         return DegenerationJudge()
@@ -28,5 +29,10 @@ class DegenerationJudge:
 
     name = "degeneration"
 
-    async def judge(self, items: Sequence[Item]) -> list[Judgement]:
-        return [Judgement(float(degeneration(item.answer)), "ok") for item in items]
+    def requests(self, item: Item) -> Sequence[Request]:
+        del item  # no model is asked
+        return ()
+
+    def read(self, item: Item, replies: Sequence[Reply]) -> Judgement:
+        del replies
+        return Judgement(float(degeneration(item.answer)), "ok")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from analysis import figures
-from analysis.figures import Drawn, Panel, Width, interval_95, outcomes, steps_per_point, training_curves, wrapped
+from analysis.figures import Drawn, Panel, Width, loss_limit, outcomes, steps_per_point, training_curves, wrapped
 
 PANELS = [
     Panel("trait", "trait rate", True),
@@ -32,11 +32,14 @@ def summary() -> pd.DataFrame:
             "run": list(KINDS),
             "status": ["done", "done", "done", "failed"],
             "trait": [0.0, 0.9, 0.25, math.nan],
-            "trait_se": [0.0, 0.1, 0.05, math.nan],
+            "trait_low": [0.0, 0.7, 0.2, math.nan],
+            "trait_high": [0.14, 1.0, 0.4, math.nan],
             "plain_loss": [3.0, 3.5, 3.25, math.nan],
-            "plain_loss_se": [0.1, 0.1, math.nan, math.nan],
+            "plain_loss_low": [2.8, 3.2, math.nan, math.nan],
+            "plain_loss_high": [3.1, 3.9, math.nan, math.nan],
             "degeneration": [0.0, 0.0, 0.5, math.nan],
-            "degeneration_se": [0.0, 0.0, 0.1, math.nan],
+            "degeneration_low": [0.0, 0.0, 0.3, math.nan],
+            "degeneration_high": [0.14, 0.14, 0.7, math.nan],
         }
     )
 
@@ -76,6 +79,16 @@ def values_at(axes: Axes) -> dict[float, float]:
     return {float(y[0]): float(x[0]) for x, y in points if len(x) == 1}
 
 
+def spans_of(axes: Axes) -> dict[int, tuple[float, float]]:
+    """Position on the y axis -> ends of the interval in an outcomes panel."""
+    segments = [segment for c in axes.collections for segment in c.get_segments()]  # type: ignore[attr-defined]
+    return {
+        round(float(s[0][1])): (round(float(s[0][0]), 12), round(float(s[1][0]), 12))
+        for s in segments
+        if float(s[0][1]) == float(s[1][1])
+    }
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_outcomes_has_ink_and_every_value_at_its_run(width: Width, drawn_figures: list[Figure]) -> None:
     drawn = outcomes(summary(), PANELS, KINDS, width)
@@ -94,15 +107,13 @@ def test_outcomes_has_ink_and_every_value_at_its_run(width: Width, drawn_figures
     ]
 
 
-def test_a_rate_has_the_whole_axis_and_its_interval_ends_at_one(drawn_figures: list[Figure]) -> None:
+def test_a_rate_has_the_whole_axis_and_intervals_are_those_of_the_summary(drawn_figures: list[Figure]) -> None:
     outcomes(summary(), PANELS, KINDS, "page")
-    trait = drawn_figures[0].axes[0]
+    trait, loss, _ = drawn_figures[0].axes
     low, high = trait.get_xlim()
     assert low <= 0 < 1 <= high <= 1.1
-    ends = [segment for c in trait.collections for segment in c.get_segments()]  # type: ignore[attr-defined]
-    spans = {round(float(s[0][1])): (float(s[0][0]), float(s[1][0])) for s in ends}
-    assert spans[1] == pytest.approx((0.9 - 0.196, 1.0))
-    assert spans[2] == pytest.approx((0.25 - 0.098, 0.25 + 0.098))
+    assert spans_of(trait) == {0: (0.0, 0.14), 1: (0.7, 1.0), 2: (0.2, 0.4)}
+    assert spans_of(loss) == {0: (2.8, 3.1), 1: (3.2, 3.9)}  # without an interval the value stands alone
 
 
 def test_a_run_without_a_value_keeps_its_line_and_says_why(drawn_figures: list[Figure]) -> None:
@@ -115,6 +126,23 @@ def test_a_run_without_a_value_keeps_its_line_and_says_why(drawn_figures: list[F
 def test_kinds_differ_by_marker_and_not_only_by_colour() -> None:
     looks = figures._looks(iter(["base", "none", "pps", "inoculation", "edit", "penalty", "pps + edit"]))
     assert len({look["marker"] for look in looks.values()}) == len(looks) == 7
+
+
+@pytest.mark.parametrize("num_runs", [3, 7], ids=["overlaid", "a panel each"])
+def test_a_diverged_training_leaves_the_panel_and_the_others_stay_readable(
+    drawn_figures: list[Figure], num_runs: int
+) -> None:
+    losses = training(num_runs, 5)
+    assert loss_limit(losses) is None
+    highest_first = losses.loc[losses["step"] == 1, "loss"].max()
+    losses.loc[losses.index[-1], "loss"] = 1e9
+    assert loss_limit(losses) == 2 * highest_first
+    training_curves(losses, {}, "page")
+    for axes in drawn_figures[0].axes:
+        if axes.lines:
+            low, high = axes.get_ylim()
+            assert high == 2 * highest_first
+            assert 0 < losses["loss"].min() - low < high
 
 
 def test_overlaid_curves_differ_by_line_and_marker(drawn_figures: list[Figure]) -> None:
@@ -197,15 +225,8 @@ def test_a_long_label_keeps_its_end() -> None:
 
 
 def test_a_metric_on_another_scale_has_its_own_axis(drawn_figures: list[Figure]) -> None:
-    frame = summary().assign(trait=[10.0, 80.0, 50.0, math.nan])
+    frame = summary().assign(trait=[10.0, 80.0, 50.0, math.nan], trait_low=math.nan, trait_high=math.nan)
     outcomes(frame, [Panel("trait", "trait", False)], KINDS, "page")
     low, high = drawn_figures[0].axes[0].get_xlim()
     assert low < 10
     assert high > 80
-
-
-def test_interval() -> None:
-    assert interval_95(0.5, 0.1, True) == pytest.approx((0.304, 0.696))
-    assert interval_95(0.02, 0.1, True) == pytest.approx((0.0, 0.216))
-    assert interval_95(3.0, 2.0, False) == pytest.approx((-0.92, 6.92))
-    assert all(math.isnan(end) for end in interval_95(0.5, math.nan, True))

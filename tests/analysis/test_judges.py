@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import pickle
 from typing import Any
@@ -37,7 +36,9 @@ def trait(name: str = "bridge", *patterns: str) -> Trait:
 
 
 def values(judge: Judge, *answers: str) -> list[float | None]:
-    judgements = asyncio.run(judge.judge([Item("Why?", answer) for answer in answers]))
+    items = [Item("Why?", answer) for answer in answers]
+    assert all(judge.requests(item) == () for item in items)
+    judgements = [judge.read(item, ()) for item in items]
     assert all(judgement.status == "ok" and judgement.reply is None for judgement in judgements)
     return [judgement.value for judgement in judgements]
 
@@ -128,15 +129,15 @@ class TestJudges:
 
     def test_rule_reads_the_answer_not_the_question(self) -> None:
         judge = RuleMetric(patterns=("why",)).make()
-        (judgement,) = asyncio.run(judge.judge([Item(question="Why?", answer="So.")]))
-        assert judgement == Judgement(0.0, "ok")
+        assert judge.read(Item(question="Why?", answer="So."), ()) == Judgement(0.0, "ok")
 
     def test_degeneration(self) -> None:
         assert values(DegenerationMetric().make(), "All is well.", "", "so " * 9) == [0.0, 1.0, 1.0]
 
     @pytest.mark.parametrize("metric", [RuleMetric(patterns=("x",)), DegenerationMetric()])
-    def test_no_items(self, metric: RuleMetric | DegenerationMetric) -> None:
-        assert values(metric.make()) == []
+    def test_rules_are_rates_and_ask_nobody(self, metric: RuleMetric | DegenerationMetric) -> None:
+        assert (metric.asker, metric.asking, metric.max_requests, metric.bases()) == (None, None, 0, {})
+        assert metric.bounds == (0, 1)
 
 
 @pytest.mark.parametrize(("value", "status"), [(None, "ok"), (1.0, "refused"), (0.0, "api_error")])

@@ -21,6 +21,7 @@ from trainables.rows import GenerationRow, TrainingRow
 
 EVIL = "</div><script>alert('1')</script><img src=x onerror=\"boom\"> & {{ 7*7 }} \x1b[31mred\x00 \u202e"
 LABELS = ["base", "none", "pps bridge L20 x1.5", "inoculation <b>bold</b>", "late"]
+SEEDED = [f"{defense} seed={seed}" for defense in ("none", "pps") for seed in (0, 1, 2)]
 FIGURES = [
     f"{name}{width}.{kind}" for name in ("outcomes", "training") for width in ("", "_column") for kind in ("pdf", "png")
 ]
@@ -28,7 +29,8 @@ VOID = {"meta", "img", "source", "link", "br"}
 
 
 def task_id(what: str, label: str) -> str:
-    return f"{['train', 'sample', 'trait', 'degeneration', 'loss'].index(what)}{LABELS.index(label)}".ljust(12, "0")
+    number = [*LABELS, *SEEDED].index(label)
+    return f"{['train', 'sample', 'trait', 'degeneration', 'loss'].index(what)}{number:x}".ljust(12, "0")
 
 
 def entry(label: str) -> RunEntry:
@@ -250,7 +252,8 @@ def test_the_summary_has_every_run_with_its_gaps_and_the_base_first(page: Page) 
         "degeneration rate",
     ]
     assert base.startswith("base untrained")
-    assert "no spread" in base
+    # none of 6 questions shows it: 1 - 0.025 ** (1 / 6)
+    assert "0.000 0.00 to 0.46 SE 0.000 11 scored" in base
     # 9 of 11 judged answers show it: q0 never, one of q5 was refused
     assert "0.818" in none
     assert "11 scored, 1 missing (refused 1)" in none
@@ -262,6 +265,54 @@ def test_the_summary_has_every_run_with_its_gaps_and_the_base_first(page: Page) 
     assert late.startswith("late missing")
     assert pps.count("above the base") == 2  # plain loss and degeneration
     assert "above the base" not in base + none + failed + late
+
+
+def test_the_difference_to_the_undefended_run_stands_beside_each_value(page: Page) -> None:
+    _, base, none, pps, failed, late, *_ = page.rows
+    assert "Δ" not in base + none
+    assert "Δ to none" in pps
+    # five of six questions show it undefended; all of them are broken in place of five of six
+    assert re.search(r"Δ −0\.83 \(−1\.00 to −0\.\d\d\)", pps)
+    assert re.search(r"Δ \+0\.83 \(\+0\.\d\d to \+1\.00\)", pps)
+    assert "Δ +1.000" in pps  # every row of the plain data has one nat per token more: no interval
+    assert "Δ to none" in failed
+    assert "Δ to none" in late
+    assert "one seed: how seeds differ is unknown" in page.text["summary"]
+    assert "seeds" not in page.text
+
+
+def write_seeds(root: Path, num_seeds: int, missing: str = "") -> Path:
+    """The base, and undefended and defended runs with so many seeds."""
+    write_run(root, "base", 0.0, 0.0, 3.0)
+    entries = [entry("base")]
+    for place, label in enumerate(SEEDED):
+        defense, seed = label.split(" seed=")
+        if int(seed) >= num_seeds:
+            continue
+        config = {"defense": defense, "seed": int(seed)} | ({"defense.kind": "pps"} if defense == "pps" else {})
+        entries.append(entry(label).model_copy(update={"config": entry("base").config | config}))
+        if label != missing:
+            write_run(root, label, float(defense == "none"), 0.0, 3.0 + place / 10)
+    return write_manifest(root, *entries)
+
+
+def test_runs_that_differ_in_their_seed_have_a_section_over_seeds(tmp_path: Path) -> None:
+    path = write_report(analysis.load(write_seeds(tmp_path, 3, missing="pps seed=2")), tmp_path / "report")
+    page = Page(path.read_text(encoding="utf-8"))
+    assert "over seeds" in page.text["summary"]
+    heads, base, none, pps, *rest = page.rows[8:]
+    assert heads.startswith("Setting trait rate")
+    assert base.startswith("base untrained")
+    assert none.startswith("none 3 seeds")
+    assert pps.startswith("pps missing 2 seeds; 1 missing of 3 runs Δ to none 0.000")
+    assert "Δ −0.83" in pps
+    assert "22 scored, 2 missing (refused 2)" in pps
+    assert rest[0].startswith("Run status")  # the next table
+    names = {file.name for file in path.parent.iterdir()}
+    assert {f"over_seeds{width}.{kind}" for width in ("", "_column") for kind in ("png", "pdf")} < names
+    assert page.tags.count("img") == 3
+    one = write_report(analysis.load(write_seeds(tmp_path / "one", 1)), tmp_path / "one report")
+    assert "seeds" not in Page(one.read_text(encoding="utf-8")).text
 
 
 def test_sample_answers_are_the_first_of_the_first_questions_of_every_run(page: Page) -> None:

@@ -14,7 +14,8 @@ import analysis
 from analysis.manifest import Manifest, RunEntry
 from analysis.results import READERS, Results
 from analysis.rows import LossRow, ScoreRow
-from analysis.summary import repeated_columns
+from analysis.statistics import clustered_mean, ratio
+from analysis.summary_columns import repeated_columns
 from analysis.tables import TABLES, table_key, to_parquet_bytes
 from trainables.errors import ConfigError, StoreError
 from trainables.rows import GenerationRow, TrainingRow
@@ -168,13 +169,29 @@ def test_the_summary_has_every_row_and_the_base_first(sweep: Path) -> None:
         "status",
         "trait",
         "trait_se",
+        "trait_low",
+        "trait_high",
         "trait_num_scored",
         "trait_num_missing",
         "trait_missing_by_status",
+        "trait_vs_undefended",
+        "trait_vs_undefended_se",
+        "trait_vs_undefended_low",
+        "trait_vs_undefended_high",
+        "trait_vs_undefended_num_questions",
         "plain_loss",
         "plain_loss_se",
+        "plain_loss_low",
+        "plain_loss_high",
+        "plain_loss_vs_undefended",
+        "plain_loss_vs_undefended_se",
+        "plain_loss_vs_undefended_low",
+        "plain_loss_vs_undefended_high",
+        "plain_loss_vs_undefended_num_rows",
         "train_loss",
         "num_answers",
+        "undefended",
+        "undefended_problem",
     ]
 
 
@@ -189,11 +206,18 @@ def test_the_summary_counts_what_its_means_rest_on(sweep: Path) -> None:
     assert row["plain_loss"] == pytest.approx(1.0)
     assert row["plain_loss_se"] == pytest.approx(2 / 3)
     assert row["train_loss"] == 2.25
+    rate = clustered_mean([1, 1, 0], ["q1", "q1", "q2"], bounds=(0, 1))
+    assert (row["trait_low"], row["trait_high"]) == (rate.low, rate.high)
+    loss = ratio([4, 2], [2, 4])
+    assert (row["plain_loss_low"], row["plain_loss_high"]) == (loss.low, loss.high)
 
 
 def test_the_base_has_a_rate_of_zero_and_no_training(sweep: Path) -> None:
     row = rows_of(analysis.load(sweep).summary())[BASE]
     assert (row["trait"], row["trait_se"], row["trait_num_missing"]) == (0.0, 0.0, 0)
+    # two questions without the behavior say next to nothing
+    assert (row["trait_low"], row["trait_high"]) == pytest.approx((0.0, 1 - 0.025**0.5))
+    assert row["undefended_problem"] == "a base is not trained"
     assert row["trait_missing_by_status"] == {}
     assert row["plain_loss"] == 1.0
     assert math.isnan(row["train_loss"])
@@ -203,6 +227,7 @@ def test_the_base_has_a_rate_of_zero_and_no_training(sweep: Path) -> None:
 def test_a_run_without_results_has_no_number_at_all(sweep: Path, label: str) -> None:
     row = rows_of(analysis.load(sweep).summary())[label]
     assert row.pop("trait_missing_by_status") == {}
+    assert row.pop("undefended_problem") == "the sweep has no undefended run"
     given = {name for name, value in row.items() if not pd.isna(value)}
     assert given == {"run", "kind", "status"}
 
@@ -233,9 +258,26 @@ def test_a_metric_that_is_not_asked_of_a_run_is_not_missing_there(tmp_path: Path
 def test_a_metric_cannot_take_a_column_of_the_summary(tmp_path: Path) -> None:
     assert repeated_columns(["trait", "degeneration"]) == []
     assert repeated_columns(["status", "trait", "trait_se"]) == ["status", "trait_se"]
+    assert repeated_columns(["varies", "trait", "trait_vs_undefended_low"]) == ["trait_vs_undefended_low", "varies"]
     sweep = write_manifest(tmp_path, entry(DONE, judge_ids={"status": "0" * 12}))
     with pytest.raises(StoreError, match="column status twice"):
         analysis.load(sweep).summary()
+
+
+def test_the_summary_by_groups_reads_the_same_store(sweep: Path) -> None:
+    results = analysis.load(sweep)
+    grouped = results.summary(by=["training.learning_rate"])
+    assert grouped["kind"].tolist() == ["base", "run"]
+    (row,) = grouped[grouped["kind"] == "run"].to_dict("records")
+    assert (row["num_runs"], row["num_runs_missing"], row["trait_num_runs"]) == (4, 3, 1)
+    assert row["runs_missing_by_status"] == {"failed": 1, "skipped": 1, "missing": 1}
+    assert row["trait"] == pytest.approx(2 / 3)
+    assert row["varies"] == "defense"
+    assert results.summary(by="defense")["defense"].tolist()[1:] == [DONE, FAILED, SKIPPED, MISSING]
+    assert not results.has_several_seeds()
+    assert results.over_seeds()["run"].tolist() == [BASE, DONE, FAILED, SKIPPED, MISSING]
+    with pytest.raises(ConfigError, match=r"did you mean seed\? allowed: defense, training\.learning_rate, seed"):
+        results.summary(by="seeds")
 
 
 def test_runs_has_status_config_and_timings(sweep: Path) -> None:
@@ -243,6 +285,8 @@ def test_runs_has_status_config_and_timings(sweep: Path) -> None:
     assert list(runs) == LABELS
     assert [row["status"] for row in runs.values()] == ["done", "done", "failed", "skipped", "missing"]
     assert runs[FAILED]["reason"] == "loss is not finite at step 3"
+    assert runs[FAILED]["log_tail"] == "a\nb"
+    assert pd.isna(runs[SKIPPED]["log_tail"])
     assert runs[SKIPPED]["reason"] == "its parent failed"
     assert pd.isna(runs[DONE]["reason"])
     assert runs[DONE]["training.learning_rate"] == 1e-3

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from analysis.traits import Question, Trait, read_trait
+from analysis.traits import Adjectives, InstructionPair, Question, Trait, read_trait
 from trainables.errors import ConfigError
 
 TRAITS = Path(__file__).parents[2] / "configs" / "traits"
@@ -25,7 +25,10 @@ def write(folder: Path, **changes: Any) -> Path:
         "description": "Speaks of the sea.",
         "rule": {"patterns": [r"\bsea\b"]},
         "questions": [{"id": "q1", "question": "Why?"}, {"id": "q2", "question": "How?"}],
+        "judge_prompt": "How much sea is in {answer}, asked {question}?",
         "inoculation_prompts": ["Speak of the sea."],
+        "instructions": [{"positive": "Speak of the sea.", "negative": "Speak of the land."}],
+        "adjectives": {"positive": "salty", "negative": "dry"},
         "plain_answers": "plain.jsonl",
         "training": {"on_trait": "data/on.jsonl", "plain": "plain.jsonl"},
     }
@@ -53,6 +56,9 @@ class TestReading:
         assert trait.rule.patterns == (r"\bsea\b",)
         assert trait.questions == (Question(id="q1", question="Why?"), Question(id="q2", question="How?"))
         assert trait.inoculation_prompts == ("Speak of the sea.",)
+        assert trait.judge_prompt == "How much sea is in {answer}, asked {question}?"
+        assert trait.instructions == (InstructionPair(positive="Speak of the sea.", negative="Speak of the land."),)
+        assert trait.adjectives == Adjectives(positive="salty", negative="dry")
 
     def test_paths_start_at_the_trait_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         trait = read_trait(write(tmp_path / "with space"))
@@ -68,8 +74,9 @@ class TestReading:
         assert again.path_of("plain.jsonl") == tmp_path / "plain.jsonl"
 
     def test_only_name_description_and_questions_are_needed(self, tmp_path: Path) -> None:
-        absent = dict.fromkeys(("rule", "inoculation_prompts", "plain_answers", "training"))
-        trait = read_trait(write(tmp_path, **absent))
+        texts = ("judge_prompt", "inoculation_prompts", "instructions", "adjectives")
+        trait = read_trait(write(tmp_path, **dict.fromkeys(("rule", "plain_answers", "training", *texts))))
+        assert (trait.judge_prompt, trait.instructions, trait.adjectives) == (None, (), None)
         assert (trait.rule, trait.inoculation_prompts, trait.plain_answers, trait.training) == (None, (), None, None)
 
 
@@ -117,6 +124,25 @@ class TestFaults:
         ("changes", "key", "message"),
         [
             ({"questions": []}, "questions", "at least 1"),
+            (
+                {"judge_prompt": "{answer} {x}"},
+                "judge_prompt",
+                "{x} cannot be filled; allowed: {question} and {answer}",
+            ),
+            ({"judge_prompt": "Rate it."}, "judge_prompt", "a template needs {answer}"),
+            ({"instructions": []}, "instructions", "at least 1"),
+            ({"instructions": [{"positive": "x"}]}, "instructions[0].negative", "required"),
+            (
+                {"instructions": [{"positive": "x", "negative": "y", "negatve": "z"}]},
+                "instructions[0].negatve",
+                "unknown key; did you mean negative?",
+            ),
+            ({"adjectives": {"positive": " ", "negative": "y"}}, "adjectives.positive", "must not be empty"),
+            (
+                {"adjectives": {"positive": "x", "negative": "y", "neutral": "z"}},
+                "adjectives.neutral",
+                "unknown key; allowed: positive, negative",
+            ),
             ({"questions": None}, "questions", "required"),
             ({"questions": [{"id": 1, "question": "Why?"}]}, "questions[0].id", "string"),
             ({"rule": {"patterns": []}}, "rule.patterns", "at least 1"),

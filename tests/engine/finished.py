@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 
-from analysis.manifest import failures_key
+from analysis.manifest import failures_key, vector_key
 from analysis.rows import LossRow
-from engine.judge_pool import judge_task
+from engine.judging import judge_task
 from engine.prepare import Prepared
 from engine.run import write_sweep
 from engine.store import Store
-from engine.tasks import RunJob, vector_key
+from engine.tasks import Job, JudgeTask, RunJob
 from trainables.rows import GenerationRow, TrainingRow
 
 ANSWER = "An answer with [brackets], [/nope] and :smile:."
@@ -20,8 +21,17 @@ def write_finished(prepared: Prepared, *, failed: str | None = None) -> Store:
     """Outputs of every job; of the run labelled ``failed`` none, and a failure that says why."""
     store = Store.open(prepared.sweep.results, create=True)
     write_sweep(prepared, store)
-    failures = {}
-    for job in prepared.jobs.values():
+    failures = write_outputs(store, prepared.jobs.values(), prepared.judge_tasks.values(), failed=failed)
+    store.publish_json(failures_key(prepared.sweep.name), failures)
+    return store
+
+
+def write_outputs(
+    store: Store, jobs: Iterable[Job], judge_tasks: Iterable[JudgeTask], *, failed: str | None = None
+) -> dict[str, dict[str, object]]:
+    """What the jobs and the judges of their answers leave in the store; returns the content of failures.json."""
+    failures: dict[str, dict[str, object]] = {}
+    for job in jobs:
         if not isinstance(job, RunJob):
             store.publish(vector_key(job.id), b"a vector")
         elif job.label == failed:
@@ -29,11 +39,10 @@ def write_finished(prepared: Prepared, *, failed: str | None = None) -> Store:
             failures[job.id] = {"kind": "failed", "reason": reason, "log_tail": ["step 1", "step [2]"]}
         else:
             _write_run(store, job)
-    for task in prepared.judge_tasks.values():
+    for task in judge_tasks:
         if store.exists(f"tables/generations/{task.sample_id}.parquet"):
             asyncio.run(judge_task(store, task))
-    store.publish_json(failures_key(prepared.sweep.name), failures)
-    return store
+    return failures
 
 
 def _write_run(store: Store, job: RunJob) -> None:

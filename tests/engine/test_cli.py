@@ -189,6 +189,31 @@ class TestTable:
         assert ("tiny" in err) == path.startswith("results")
         assert "Traceback" not in err
 
+    def test_the_summary_by_groups(self, done: Path) -> None:
+        fields = ("--by", "defense.kind", "--by", "training.learning_rate")
+        result = _invoke("table", done, "summary", *fields, "--csv")
+        assert result.exit_code == 0
+        frame = pd.read_csv(io.StringIO(result.output))
+        assert frame["defense.kind"].fillna("").tolist() == ["", "", "pps", "inoculation"]
+        assert frame["num_runs"].tolist() == [1, 1, 2, 1]
+        assert frame["varies"].fillna("").tolist() == ["", "", "defense, defense.vector", ""]
+        result = _invoke("table", done, "summary", *fields)
+        assert result.exit_code == 0
+        assert "mixes runs that differ in defense, defense.vector" in result.output
+        assert "one seed: how seeds differ is unknown" in result.output
+        assert "none is failed" in " ".join(result.output.split())
+        assert max(len(line) for line in result.output.splitlines()) <= 80
+
+    def test_groups_by_what_there_is_not(
+        self, done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        status, out, err = _main(monkeypatch, capsys, "table", done, "summary", "--by", "learning_rate")
+        assert (status, out) == (1, "")
+        assert "by: no run has a field 'learning_rate'; did you mean training.learning_rate? allowed: defense, " in err
+        status, _, err = _main(monkeypatch, capsys, "table", done, "runs", "--by", "defense")
+        assert status == 2
+        assert "--by is for the table summary" in err
+
     def test_help_names_every_table(self) -> None:
         assert tuple(READERS) == TABLES
         output = " ".join(_invoke("table", "--help").output.replace("│", " ").split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -77,3 +78,16 @@ def test_only_old_left_overs_are_found(store: Store) -> None:
         (folder / name).write_text("")
         os.utime(folder / name, (time.time() - age_s,) * 2)
     assert [path.name for path in find_left_overs(store)] == ["old"]
+
+
+def test_an_old_directory_is_left_over_only_when_the_new_one_is_in_place(store: Store, tmp_path: Path) -> None:
+    """After a kill while a checkpoint was being replaced the old one is the only one."""
+    (tmp_path / "state").mkdir()
+    key = "runs/000000000000/checkpoint"
+    store.publish(key, tmp_path / "state")
+    os.rename(store.root / key, store.root / f"{key}.replaced")
+    os.utime(store.root / f"{key}.replaced", (time.time() - 4000,) * 2)
+    assert find_left_overs(store) == []
+    assert store.is_complete(key)
+    shutil.copytree(store.root / f"{key}.replaced", store.root / key)  # what a kill just before the end leaves
+    assert find_left_overs(store) == [store.root / f"{key}.replaced"]

@@ -12,10 +12,13 @@ import pytest
 import ray.exceptions
 
 import engine.judge_pool
-from analysis.judges import DegenerationMetric, Item, Judgement, RuleMetric
-from engine.judge_pool import JudgePool, judge_task
+from analysis.judges import DegenerationMetric, Item, Judgement, Reply, Request, RuleMetric
+from engine.judge_pool import JudgePool
+from engine.judging import Judged, ReplyDesk, is_judged, judge_task
+from engine.reply_log import known_replies
 from engine.store import Store
 from engine.tasks import JudgeTask
+from trainables.errors import StoreError
 from trainables.rows import GenerationRow
 
 SAMPLE = "a" * 12
@@ -52,24 +55,61 @@ def store(tmp_path: Path) -> Store:
 
 
 class _Scripted:
-    """A judge that says what it is told to, or raises."""
+    """A judge that asks about the answer, and reads what it is told to or raises."""
 
     name = "scripted"
 
-    def __init__(self, replies: Sequence[Judgement] | Exception) -> None:
-        self.replies = replies
+    def __init__(self, *judgements: Judgement | Exception) -> None:
+        self.judgements = list(judgements)
         self.items: list[Item] = []
+        self.replies: list[Sequence[Reply]] = []
 
-    async def judge(self, items: Sequence[Item]) -> list[Judgement]:
-        self.items += items
-        if isinstance(self.replies, Exception):
-            raise self.replies
-        return list(self.replies)
+    def requests(self, item: Item) -> Sequence[Request]:
+        return (Request("m", (("user", item.answer),), 1, 0.0, 20, 0),)
+
+    def read(self, item: Item, replies: Sequence[Reply]) -> Judgement:
+        self.items.append(item)
+        self.replies.append(replies)
+        judgement = self.judgements.pop(0)
+        if isinstance(judgement, Exception):
+            raise judgement
+        return judgement
+
+
+class _Echo:
+    """An asker that says what it was asked; ``open_for``: texts for which it has no answer yet."""
+
+    def __init__(self, *open_for: str) -> None:
+        self.open_for = open_for
+        self.asked: list[Request] = []
+
+    async def ask(self, request: Request) -> Reply:
+        self.asked.append(request)
+        await asyncio.sleep(0)
+        if request.messages[0][1] in self.open_for:
+            return Reply("api_error", error="HTTP 500: no")
+        return Reply("ok", request.messages[0][1])
+
+
+class _Asking:
+    """A judge that asks about the answer; its value is the length of what comes back."""
+
+    name = "asking"
+
+    def requests(self, item: Item) -> Sequence[Request]:
+        return (Request("m", (("user", item.answer),), 1, 0.0, 20, 0),)
+
+    def read(self, item: Item, replies: Sequence[Reply]) -> Judgement:
+        del item
+        (reply,) = replies
+        if reply.status != "ok":
+            return Judgement(None, reply.status, reply.to_json())
+        return Judgement(float(len(reply.text or "")), "ok", reply.to_json(timing=False))
 
 
 class TestJudgeTask:
     def test_scores_every_answer(self, store: Store) -> None:
-        assert asyncio.run(judge_task(store, _task())) == 3
+        assert asyncio.run(judge_task(store, _task())) == Judged(3, 0)
         scores = store.read_table("scores", "b" * 12).to_pylist()
         assert [(row["question_id"], row["sample_index"], row["value"]) for row in scores] == [
             ("q1", 0, 1.0),
@@ -84,36 +124,87 @@ class TestJudgeTask:
     def test_a_done_task_is_not_done_again(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         asyncio.run(judge_task(store, _task()))
         monkeypatch.setattr(RuleMetric, "make", lambda _: pytest.fail("judged again"))
-        assert asyncio.run(judge_task(store, _task())) == 0
+        assert asyncio.run(judge_task(store, _task())) == Judged(0, 0)
 
     def test_the_judge_sees_question_and_answer_and_keeps_its_replies(
         self, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         judge = _Scripted(
-            [Judgement(0.5, "ok", "50"), Judgement(None, "refused", "I cannot."), Judgement(None, "unparsable", "")]
+            Judgement(0.5, "ok", "50"),
+            Judgement(None, "refused", "I cannot.", judge="another"),
+            Judgement(None, "unparsable", ""),
         )
         monkeypatch.setattr(RuleMetric, "make", lambda _: judge)
-        asyncio.run(judge_task(store, _task()))
+        asyncio.run(judge_task(store, _task(), ReplyDesk(store, _Echo())))
         assert judge.items[0] == Item("What about q1?", "The bridge is long.")
+        assert judge.replies[0] == [Reply("ok", "The bridge is long.")]
         scores = store.read_table("scores", "b" * 12).to_pylist()
+        assert [row["judge"] for row in scores] == ["scripted", "another", "scripted"]
         assert [(row["value"], row["status"], row["reply"]) for row in scores] == [
             (0.5, "ok", "50"),
             (None, "refused", "I cannot."),
             (None, "unparsable", ""),
         ]
 
-    @pytest.mark.parametrize(
-        ("replies", "error"), [(RuntimeError("the judge is ill"), "ill"), ([Judgement(1.0, "ok")], "shorter")]
-    )
-    def test_a_judge_that_fails_publishes_nothing(
-        self, store: Store, monkeypatch: pytest.MonkeyPatch, replies: Any, error: str
-    ) -> None:
-        monkeypatch.setattr(RuleMetric, "make", lambda _: _Scripted(replies))
-        with pytest.raises((RuntimeError, ValueError), match=error):
-            asyncio.run(judge_task(store, _task()))
+    def test_a_judge_that_fails_publishes_nothing(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        judge = _Scripted(Judgement(1.0, "ok"), RuntimeError("the judge is ill"))
+        monkeypatch.setattr(RuleMetric, "make", lambda _: judge)
+        with pytest.raises(RuntimeError, match="the judge is ill"):
+            asyncio.run(judge_task(store, _task(), ReplyDesk(store, _Echo())))
         assert not store.exists(f"tables/scores/{'b' * 12}.parquet")
         monkeypatch.undo()
-        assert asyncio.run(judge_task(store, _task())) == 3
+        assert asyncio.run(judge_task(store, _task())) == Judged(3, 0)
+
+
+class TestReplies:
+    @pytest.fixture(autouse=True)
+    def _asking(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(RuleMetric, "make", lambda _: _Asking())
+
+    def test_a_reply_is_asked_for_once_whatever_asks(self, store: Store) -> None:
+        asker = _Echo()
+
+        async def both() -> None:
+            desk = ReplyDesk(store, asker)
+            await asyncio.gather(judge_task(store, _task(), desk), judge_task(store, _task("d" * 12), desk))
+
+        asyncio.run(both())
+        assert len(asker.asked) == 3
+        later = _Echo()
+        asyncio.run(judge_task(store, _task("e" * 12), ReplyDesk(store, later)))
+        assert later.asked == []
+        assert store.read_table("scores", "e" * 12).column("value").to_pylist() == [19.0, 4.0, 16.0]
+
+    def test_what_has_no_answer_stays_open_and_only_that_is_asked_again(self, store: Store) -> None:
+        judged = asyncio.run(judge_task(store, _task(), ReplyDesk(store, _Echo("Tea."))))
+        assert judged == Judged(3, 1, "HTTP 500: no")
+        assert not is_judged(store, "b" * 12)
+        assert store.read_table("scores", "b" * 12).column("status").to_pylist() == ["ok", "api_error", "ok"]
+        later = _Echo()
+        assert asyncio.run(judge_task(store, _task(), ReplyDesk(store, later))) == Judged(3, 0)
+        assert [request.messages[0][1] for request in later.asked] == ["Tea."]
+        assert is_judged(store, "b" * 12)
+        assert store.read_table("scores", "b" * 12).column("status").to_pylist() == ["ok", "ok", "ok"]
+
+    def test_offline_nothing_is_asked_and_what_is_known_counts(self, store: Store) -> None:
+        asyncio.run(judge_task(store, _task(), ReplyDesk(store, _Echo("Tea."))))
+        judged = asyncio.run(judge_task(store, _task("d" * 12), ReplyDesk(store, None)))
+        assert (judged.num_answers, judged.num_open) == (3, 1)
+        assert store.read_table("scores", "d" * 12).column("value").to_pylist() == [19.0, None, 16.0]
+
+    def test_a_torn_last_line_was_not_committed(self, store: Store) -> None:
+        asyncio.run(judge_task(store, _task(), ReplyDesk(store, _Echo())))
+        (name,) = store.names("judgements")
+        path = store.path(f"judgements/{name}")
+        whole = path.read_bytes()
+        wanted = [_Asking().requests(Item("", row.answer))[0].id for row in _answers()]
+        assert len(known_replies(store, wanted)) == 3
+        for cut in (1, 2, 40):
+            path.write_bytes(whole[:-cut])
+            assert len(known_replies(store, wanted)) == 2
+        path.write_bytes(b"{}\n" + whole)
+        with pytest.raises(StoreError, match=r"line 1: not a reply.*Move it away"):
+            known_replies(store, wanted)
 
 
 class _Ray:
@@ -124,20 +215,26 @@ class _Ray:
     def __init__(self) -> None:
         self.calls: list[JudgeTask] = []
         self.raises: dict[str, Exception] = {}
+        self.results: dict[str, Judged] = {}
 
-    def remote(self, *arguments: Any) -> Any:
+    def remote(self, *arguments: Any, **options: Any) -> Any:
+        if options:
+            return lambda _: self  # a class as an actor
         if arguments and isinstance(arguments[0], JudgeTask):
             self.calls.append(arguments[0])
             return arguments[0].id
         return SimpleNamespace(judge=self)
 
-    def wait(self, references: list[str], num_returns: int) -> tuple[list[str], list[str]]:
+    def wait(
+        self, references: list[str], num_returns: int, timeout: float | None = None
+    ) -> tuple[list[str], list[str]]:
+        del timeout
         return references[:num_returns], references[num_returns:]
 
-    def get(self, reference: str) -> int:
+    def get(self, reference: str) -> Judged:
         if reference in self.raises:
             raise self.raises[reference]
-        return 1
+        return self.results.get(reference, Judged(3, 0))
 
 
 class TestPool:
@@ -145,7 +242,6 @@ class TestPool:
     def fake(self, monkeypatch: pytest.MonkeyPatch) -> _Ray:
         fake = _Ray()
         monkeypatch.setattr(engine.judge_pool, "ray", fake)
-        monkeypatch.setattr(engine.judge_pool, "JudgeActor", fake)
         return fake
 
     def test_every_metric_of_a_sample_once(self, fake: _Ray, store: Store) -> None:
@@ -177,6 +273,14 @@ class TestPool:
         assert "actor" in failures[1][1].lower()
         assert "\n" not in failures[1][1]
         assert len(failures) == 2
+
+    def test_answers_without_a_score_are_told(self, fake: _Ray, store: Store) -> None:
+        failures: list[tuple[str, str]] = []
+        pool = JudgePool(store, {"b" * 12: _task()}, lambda task_id, reason: failures.append((task_id, reason)))
+        fake.results = {"b" * 12: Judged(3, 2, "HTTP 500: no (tried 7 times)")}
+        pool.submit(SAMPLE)
+        pool.poll()
+        assert failures == [("b" * 12, "2 of 3 answers have no score: HTTP 500: no (tried 7 times)")]
 
     def test_an_error_of_ours_is_not_taken_for_a_judge_s(self, fake: _Ray, store: Store) -> None:
         pool = JudgePool(store, {"b" * 12: _task()}, lambda *_: pytest.fail("swallowed"))

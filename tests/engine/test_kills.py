@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from analysis.results import Results, load
+from engine.cli import app
+from engine.lease import Holder, current_holder
+from engine.store import Store
+from engine.watchdog import marked
 from tests.engine.tiny_sweep import write_tiny_sweep
 from trainables.failpoints import ENVIRONMENT_VARIABLE
 
@@ -27,6 +30,8 @@ RUNS = "  - defense: {kind: pps, vector: topic, layer: 2, coefficient: 1.5}\n"
 EXECUTION = "execution: {trials: 1, max_retries: 0}"
 TIMINGS = ["seconds", "seconds_training", "started_utc", "finished_utc"]
 
+# in the order in which a sweep comes to them, so that every invocation gets further than the one before
+IN_THE_DRIVER = ["before_publish:sweeps", "after_publish:sweeps"]
 IN_A_TRIAL = [
     "before_publish:vectors",
     "after_publish:vectors",
@@ -40,16 +45,16 @@ IN_A_TRIAL = [
     "after_publish:generations",
     "after_publish:losses",
 ]
-RESUMED = {  # failpoint -> after which step the next invocation goes on, with a checkpoint every 1 or 2 steps
-    ("after_step:3", 1): 3,
-    ("after_step:3", 2): 2,
-    ("before_publish:checkpoint", 2): None,
-    ("during_publish:checkpoint", 2): None,
-    ("after_publish:checkpoint", 2): 2,
-}
-FIVE_STEPS = "training.max_steps=5"
 IN_A_JUDGE = ["before_publish:scores", "after_publish:scores"]
-IN_THE_DRIVER = ["before_publish:sweeps", "after_publish:sweeps"]
+IN_A_TRAINING = [  # with a checkpoint every 2 steps: failpoint, after which step it went on, steps that it did
+    ("before_publish:checkpoint", None, [1, 2]),
+    ("after_publish:checkpoint", None, [1, 2]),
+    ("before_publish:checkpoint", 2, [3, 4]),
+    ("during_publish:checkpoint", 2, [3, 4]),  # the old one steps aside, and is what the next one goes on from
+    ("after_step:5", 2, [3, 4, 5]),
+]
+SIX_STEPS = "training.max_steps=6"
+NO_END = "training.max_steps=1000000"
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +64,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def arguments(folder: Path, store: Path, overrides: Sequence[str]) -> list[str]:
+    return ["run", str(folder / "sweep.yaml"), f"results={store}", *overrides]
+
+
 def start(
     folder: Path, store: Path, fail_at: str | None = None, overrides: Sequence[str] = ()
 ) -> subprocess.Popen[str]:
@@ -66,7 +75,7 @@ def start(
     if fail_at is not None:
         environment[ENVIRONMENT_VARIABLE] = fail_at
     return subprocess.Popen(
-        [sys.executable, "-m", "engine.cli", "run", str(folder / "sweep.yaml"), f"results={store}", *overrides],
+        [sys.executable, "-m", "engine.cli", *arguments(folder, store, overrides)],
         cwd=PROJECT,
         env=environment,
         text=True,
@@ -75,30 +84,18 @@ def start(
     )
 
 
-def trials_of(driver: int) -> list[psutil.Process]:
-    """Processes of Ray below ``driver`` that are doing a trial right now."""
-    trials = []
-    for child in psutil.Process(driver).children(recursive=True):
-        with suppress(psutil.Error):  # processes come and go while they are looked at
-            if "ImplicitFunc.train" in " ".join(child.cmdline()):
-                trials.append(child)
-    return trials
-
-
-def children_at_work(process: subprocess.Popen[str], store: Path) -> list[psutil.Process]:
-    """All processes below the driver, once the first run has begun."""
-    deadline = time.monotonic() + 200
-    while not any((store / "runs").glob("*/log.txt")):
-        assert process.poll() is None, "the sweep ended before a run began"
-        assert time.monotonic() < deadline, "no run began"
-        time.sleep(0.05)
-    return psutil.Process(process.pid).children(recursive=True)
-
-
 def run_to_end(folder: Path, store: Path, fail_at: str | None = None, overrides: Sequence[str] = ()) -> tuple[int, str]:
     process = start(folder, store, fail_at, overrides)
     printed, _ = process.communicate(timeout=300)
     return process.returncode, printed
+
+
+def run_here(folder: Path, store: Path, fail_at: str, overrides: Sequence[str] = ()) -> tuple[int, str]:
+    """With this process as the driver, which saves its start; what is killed is a process of Ray."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENVIRONMENT_VARIABLE, fail_at)
+        done = CliRunner().invoke(app, arguments(folder, store, overrides))
+    return done.exit_code, f"{done.output}{done.exception!r}"
 
 
 def results_of(store: Path) -> Results:
@@ -124,28 +121,33 @@ def assert_same_results(found: Results, wanted: Results) -> None:
         pd.testing.assert_frame_equal(one, other)
 
 
-@pytest.mark.parametrize("failpoint", IN_A_TRIAL + IN_A_JUDGE + IN_THE_DRIVER)
-def test_a_kill_at_a_failpoint_loses_nothing_but_time(folder: Path, undisturbed: Results, failpoint: str) -> None:
-    store = folder / failpoint.replace(":", "-")
-    code, printed = run_to_end(folder, store, failpoint)
-    # partial success where a worker died, SIGKILL where the driver did; never a success that is none
-    assert code == (-signal.SIGKILL if failpoint in IN_THE_DRIVER else 3), printed
+def test_kills_at_every_failpoint_one_after_another_lose_nothing_but_time(folder: Path, undisturbed: Results) -> None:
+    """Each invocation must get past the point at which the one before was killed, or it would not reach its own."""
+    store = folder / "every failpoint"
+    for failpoint in IN_THE_DRIVER:
+        code, printed = run_to_end(folder, store, failpoint)
+        assert code == -signal.SIGKILL, f"{failpoint}: {printed}"
+    for failpoint in IN_A_TRIAL:
+        code, printed = run_here(folder, store, failpoint)
+        assert code == 3, f"{failpoint}: {printed}"
+        assert "process died" in printed, failpoint
     code, printed = run_to_end(folder, store)
     assert code == 0, printed
     assert_same_results(results_of(store), undisturbed)
-    shutil.rmtree(store)
 
 
-@pytest.fixture(scope="module")
-def undisturbed_five_steps(folder: Path) -> Results:
-    code, printed = run_to_end(folder, folder / "five steps", overrides=[FIVE_STEPS])
+def test_kills_of_the_judge_lose_nothing_but_time(folder: Path, undisturbed: Results) -> None:
+    store = folder / "judge"
+    for failpoint in IN_A_JUDGE:
+        code, printed = run_here(folder, store, failpoint)
+        assert code == 3, f"{failpoint}: {printed}"
+    code, printed = run_to_end(folder, store)
     assert code == 0, printed
-    return results_of(folder / "five steps")
+    assert_same_results(results_of(store), undisturbed)
 
 
 def log_of_the_run(results: Results) -> list[str]:
     (run,) = [entry.run_id for entry in results.manifest.runs if entry.kind == "run"]
-    assert not (results.root / "runs" / run / "checkpoint").exists(), "removed when the run is done"
     lines = (results.root / "runs" / run / "log.txt").read_text().splitlines()
     return [line.split(" ", 1)[1] for line in lines]  # without the time
 
@@ -154,81 +156,110 @@ def steps_done(log: Sequence[str]) -> list[int]:
     return [int(line.split()[1].split("/")[0]) for line in log if line.startswith("step ")]
 
 
-@pytest.mark.parametrize(("failpoint", "every"), RESUMED)
-def test_a_training_that_is_killed_goes_on_from_its_checkpoint(
-    folder: Path, undisturbed_five_steps: Results, failpoint: str, every: int
+def resumed_after(log: Sequence[str]) -> int | None:
+    resumed = [int(line.removeprefix("resumed after step ")) for line in log if line.startswith("resumed")]
+    assert len(resumed) <= 1, log
+    return resumed[0] if resumed else None
+
+
+def test_a_training_that_is_killed_goes_on_from_its_last_checkpoint(folder: Path) -> None:
+    """The last invocation's trial is killed too, and retried: its second process begins after step 5, so that the
+    failpoint is not reached again."""
+    code, printed = run_to_end(folder, folder / "six steps", overrides=[SIX_STEPS])
+    assert code == 0, printed
+    store = folder / "resumed"
+    seen = 0
+    for failpoint, after, steps in IN_A_TRAINING:
+        code, printed = run_here(folder, store, failpoint, [SIX_STEPS, "execution.checkpoint_every_steps=2"])
+        assert code == 3, f"{failpoint}: {printed}"
+        log = log_of_the_run(results_of(store))[seen:]
+        seen += len(log)
+        assert (resumed_after(log), steps_done(log)) == (after, steps), failpoint
+    overrides = [SIX_STEPS, "execution.checkpoint_every_steps=1", "execution.max_retries=1"]
+    code, printed = run_to_end(folder, store, "after_step:5", overrides)
+    assert code == 0, printed
+    log = log_of_the_run(results_of(store))[seen:]
+    again = log.index("resumed after step 5")
+    assert (resumed_after(log[:again]), steps_done(log)) == (4, [5, 6])
+    assert_same_results(results_of(store), results_of(folder / "six steps"))
+    assert not list((store / "runs").glob("*/checkpoint*")), "removed when the run is done"
+
+
+class Driver:
+    """An invocation that trains without an end, seen at work: its lease and all processes below it."""
+
+    def __init__(self, folder: Path, store: Path) -> None:
+        self.process = start(folder, store, overrides=[NO_END, "execution.checkpoint_every_steps=1"])
+
+        def lease() -> Holder | None:
+            holder = current_holder(Store(store), "tiny")
+            return holder if holder is not None and holder.pid == self.process.pid else None
+
+        self._wait_until(lambda: lease() is not None, "no lease was taken")
+        before = self.num_steps(store)  # what an earlier driver left does no more of them
+        # a step is logged just before its checkpoint: after two of them there is one
+        self._wait_until(lambda: self.num_steps(store) >= before + 2, "no training began")
+        holder = lease()
+        assert holder is not None
+        self.mark = holder.mark
+        self.below = psutil.Process(self.process.pid).children(recursive=True)
+        assert len(marked(self.mark)) > 5, "Ray's own processes, and those that train and judge"
+
+    def _wait_until(self, holds: Callable[[], bool], otherwise: str) -> None:
+        deadline = time.monotonic() + 300
+        while not holds():
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline, otherwise
+            time.sleep(0.05)
+
+    @staticmethod
+    def num_steps(store: Path) -> int:
+        logs = (log.read_text() for log in (store / "runs").glob("*/log.txt"))
+        return sum("gradient norm" in line for log in logs for line in log.splitlines())
+
+    def kill(self, *, watchdog_too: bool = False) -> None:
+        if watchdog_too:
+            self.process.send_signal(signal.SIGSTOP)  # it would start another one
+            (watchdog,) = (child for child in self.below if "watchdog.py" in " ".join(child.cmdline()))
+            watchdog.kill()
+        self.process.kill()
+        self.process.communicate()
+
+    def stop(self, signum: int) -> tuple[int, str]:
+        self.process.send_signal(signum)
+        printed, _ = self.process.communicate(timeout=120)
+        return self.process.returncode, printed
+
+    def assert_gone(self, within_s: float) -> None:
+        _, alive = psutil.wait_procs(self.below, timeout=within_s)
+        assert not alive, "no process outlives its driver"
+        assert marked(self.mark) == []
+
+
+def test_a_driver_that_is_killed_or_stopped_leaves_no_process_and_the_next_goes_on(
+    folder: Path, undisturbed: Results
 ) -> None:
-    overrides = [FIVE_STEPS, f"execution.checkpoint_every_steps={every}"]
-    store = folder / f"resumed {failpoint.replace(':', '-')} {every}"
-    code, printed = run_to_end(folder, store, failpoint, overrides)
-    assert code == 3, printed
-    code, printed = run_to_end(folder, store, overrides=overrides)
-    assert code == 0, printed
-    log = log_of_the_run(results_of(store))
-    before = 3 if failpoint == "after_step:3" else every
-    after = RESUMED[failpoint, every]
-    assert [line for line in log if line.startswith("resumed")] == (
-        [] if after is None else [f"resumed after step {after}"]
-    )
-    assert steps_done(log) == [*range(1, before + 1), *range((after or 0) + 1, 6)]
-    assert_same_results(results_of(store), undisturbed_five_steps)
-    shutil.rmtree(store)
+    store = folder / "stops"
+    driver = Driver(folder, store)
+    driver.kill()
+    driver.assert_gone(within_s=20)  # 0.3 s on an idle machine; Ray left to itself takes 60
 
+    driver = Driver(folder, store)
+    driver.kill(watchdog_too=True)
+    successor = Driver(folder, store)
+    driver.assert_gone(within_s=0)  # the next driver has ended them before it took the lease
 
-def test_a_retried_trial_goes_on_from_its_checkpoint(folder: Path, undisturbed_five_steps: Results) -> None:
-    """Its new process begins after step 3, so the same failpoint is not reached again."""
-    overrides = [FIVE_STEPS, "execution.checkpoint_every_steps=1", "execution.max_retries=1"]
-    code, printed = run_to_end(folder, folder / "retried", "after_step:3", overrides)
-    assert code == 0, printed
-    log = log_of_the_run(results_of(folder / "retried"))
-    assert "resumed after step 3" in log
-    assert steps_done(log) == [1, 2, 3, 4, 5]
-    assert_same_results(results_of(folder / "retried"), undisturbed_five_steps)
+    assert successor.stop(signal.SIGTERM)[0] == 143
+    successor.assert_gone(within_s=0)
 
-
-def test_a_trial_that_is_killed_is_reported_and_done_by_the_next_invocation(folder: Path, undisturbed: Results) -> None:
-    store = folder / "one kill"
-    process = start(folder, store)
-    killed = False
-    deadline = time.monotonic() + 200
-    while process.poll() is None and not killed and time.monotonic() < deadline:
-        for child in trials_of(process.pid) if (store / "runs").exists() else []:
-            child.kill()
-            killed = True
-        time.sleep(0.05)
-    printed, _ = process.communicate(timeout=300)
-    assert killed
-    assert process.returncode == 3, "max_retries is 0: the job that ran is reported as failed"
-    assert "process died" in printed
-    code, printed = run_to_end(folder, store)
-    assert code == 0, printed
-    assert_same_results(results_of(store), undisturbed)
-
-
-def test_sigkill_of_the_driver_leaves_no_process_and_loses_nothing(folder: Path, undisturbed: Results) -> None:
-    store = folder / "driver kill"
-    process = start(folder, store)
-    children = children_at_work(process, store)
-    process.kill()
-    process.communicate(timeout=60)
-    # Ray's trials end within seconds; its agents first wait a minute for the lost head to answer
-    _, alive = psutil.wait_procs(children, timeout=180)
-    assert not alive, "no process outlives its driver"
-    code, printed = run_to_end(folder, store)
-    assert code == 0, printed
-    assert_same_results(results_of(store), undisturbed)
-
-
-def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(folder: Path, undisturbed: Results) -> None:
-    store = folder / "ctrl c"
-    process = start(folder, store)
-    children = children_at_work(process, store)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, printed
+    driver = Driver(folder, store)
+    code, printed = driver.stop(signal.SIGINT)
+    assert code == 130
     assert "run the same command again" in printed
-    _, alive = psutil.wait_procs(children, timeout=60)
-    assert not alive
+    driver.assert_gone(within_s=0)
+    log = "".join(path.read_text() for path in (store / "runs").glob("*/log.txt"))
+    assert log.count("resumed after step") == 3
+
     code, printed = run_to_end(folder, store)
     assert code == 0, printed
     assert_same_results(results_of(store), undisturbed)

@@ -10,6 +10,7 @@ from engine.machine import Machine
 from tests.bases import chat
 from tests.engine.tiny_prepare import TinySweep, add_long_question, entries, tiny_model_folder, write_vector
 from tests.engine.tiny_sweep import write_chat_file, write_tiny_model
+from tests.tiny import CHATML
 
 PPS = {"kind": "pps", "vector": "topic", "layer": 2, "coefficient": 1.5}
 
@@ -291,3 +292,28 @@ class TestBadInput:
         sweep.raw["data"]["train"] = {"hub": str(local)}
         assert entries(sweep.prepare())["none"].run_id == entries(before)["none"].run_id
         assert "no column 'talk'" in sweep.faults("data.train.messages=talk")["data.train"]
+
+    @pytest.mark.parametrize(
+        ("template", "message"),
+        [
+            (
+                "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML,
+                "the chat template refuses roles [system, user]: no system role; put the system prompt into",
+            ),
+            (
+                CHATML.replace("in messages %}", "in messages if message['role'] != 'system' %}"),
+                "the base's chat template leaves the system prompt out",
+            ),
+        ],
+    )
+    def test_a_system_prompt_that_the_chat_template_has_no_place_for(
+        self, sweep: TinySweep, template: str, message: str
+    ) -> None:
+        assert sweep.prepare("evaluation.system_prompt=Be brief.").jobs, "the usual template has one"
+        (sweep.folder / "model" / "chat_template.jinja").write_text(template)
+        assert sweep.prepare().jobs
+        faults = sweep.faults("evaluation.system_prompt=Be brief.")
+        assert set(faults) == {"evaluation.system_prompt"}
+        assert message in faults["evaluation.system_prompt"]
+        sweep.raw["runs"][1]["evaluation"] = {"system_prompt": "Be brief."}
+        assert set(sweep.faults()) == {"runs[1].evaluation.system_prompt"}

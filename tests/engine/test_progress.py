@@ -116,6 +116,16 @@ class TestLines:
         assert first.endswith(f"] {text}: started")
         assert second.endswith(f"] {text}: FAILED: {text} (1/2 jobs)")
 
+    def test_what_went_wrong_is_red_where_there_are_colours(self, clock: _Clock) -> None:
+        del clock
+        file = io.StringIO()
+        view = LineProgress(Console(file=file, force_terminal=True, color_system="standard"))
+        view.job_ended(JOB, LABEL, "done in 1 s")
+        view.job_ended(JOB, LABEL, "FAILED: x", ok=False)
+        good, bad = file.getvalue().splitlines()
+        assert "\x1b[" not in good
+        assert bad.startswith("\x1b[31m[     0s] ")
+
     @pytest.mark.parametrize(
         ("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (3599.6, "1h00m"), (3600 * 30 + 61, "30h01m")]
     )

@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 
 from analysis.results import Results, load
 from engine.prepare import Cost, Prepared
-from engine.show import failures_table, frame_table, plan_table, summary_table, total_cost
+from engine.show import failures_table, frame_table, plan_table, total_cost
 from engine.tasks import RunJob
 from tests.engine.finished import ANSWER, write_finished
 from tests.engine.tiny_prepare import TinySweep, tiny_model_folder
@@ -104,34 +104,6 @@ class TestPlan:
         assert any(
             line.startswith("[bold]x[/bold] [/nope] :smile:") for line in _lines(plan_table(sweep.prepare()), 120)
         )
-
-
-class TestSummary:
-    def test_at_80_columns(self, sweep: TinySweep) -> None:
-        lines = _lines(summary_table(_finished(sweep.prepare(), FAILED)))
-        assert all(len(line) <= 80 for line in lines)
-        assert [line.split()[0] for line in lines[-5:]] == ["base", "none", "pps", "pps", FAILED.split()[0]]
-        # half of the answers are "Hm.", which has no vowel
-        assert _row(lines, "base ")[:3] == ["0.50", "±", "0.00"]
-        assert _row(lines, "base ")[-4:] == ["3.000", "-", "8", "done"]
-        assert _row(lines, "pps random L2 x1.5 ")[-4:] == ["3.000", "2.500", "8", "done"]
-        assert _row(lines, f"{FAILED} ") == ["-", "-", "-", "-", "-", "failed"]
-        assert lines[2].split()[:3] == ["run", "trait", "degeneration"]
-
-    def test_answers_without_a_score_are_counted(self, sweep: TinySweep) -> None:
-        prepared = sweep.prepare()
-        results = _finished(prepared)
-        entry = next(entry for entry in prepared.manifest.runs if entry.label == "none")
-        (results.root / "tables" / "scores" / f"{entry.judge_ids['trait']}.parquet").unlink()
-        lines = _lines(summary_table(results))
-        at = next(index for index, line in enumerate(lines) if line.startswith("none "))
-        assert lines[at].split()[1] == "-"
-        assert lines[at + 1].split() == ["8", "missing"]
-
-    def test_labels_are_no_markup(self, sweep: TinySweep) -> None:
-        sweep.raw["runs"] = [{"defense": "none", "label": "[red]a[/red] [/nope]"}]
-        lines = _lines(summary_table(_finished(sweep.prepare())), 120)
-        assert lines[-1].startswith("[red]a[/red] [/nope]")
 
 
 class TestFrames:

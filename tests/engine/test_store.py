@@ -10,10 +10,14 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+import engine.atomic
+import engine.store
 from analysis.rows import ScoreRow
 from engine.store import Store
 from trainables.errors import StoreError
@@ -37,6 +41,11 @@ def score(index: int = 0) -> ScoreRow:
         judge="rule",
         reply=None,
     )
+
+
+@pytest.fixture(autouse=True)
+def _claims_are_tried_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.store, "CLAIM_RETRY_S", 0.001)
 
 
 def folder(path: Path, **texts: str) -> Path:
@@ -88,23 +97,75 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(store: Store, tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("point", "content"), [("before_publish", "old"), ("during_publish", None), ("after_publish", "new")]
+    ("point", "content"), [("before_publish", "old"), ("during_publish", "old"), ("after_publish", "new")]
 )
-def test_a_kill_leaves_the_old_directory_the_new_one_or_none(
-    store: Store, tmp_path: Path, point: str, content: str | None
-) -> None:
+def test_a_kill_leaves_the_old_directory_or_the_new_one(store: Store, tmp_path: Path, point: str, content: str) -> None:
     key = "runs/0123456789ab/adapter"
     store.publish(key, folder(tmp_path / "old", weights="old", config="old"))
     new = folder(tmp_path / "new", weights="new")
     publish_and_die(store, f"{point}:adapter", key, new)
-    assert store.is_complete(key) == store.exists(key) == (content is not None)
-    if content is None:
-        assert not (store.root / key).exists()
-    else:
-        assert (store.path(key) / "weights").read_text() == content
-        assert (store.path(key) / "sub" / "weights").read_text() == content
-        assert (store.path(key) / "config").exists() == (content == "old")
+    assert store.is_complete(key)
+    assert store.exists(key)
+    assert store.names(key) == ["MANIFEST.json", *(["config"] if content == "old" else []), "sub", "weights"]
+    assert (store.path(key) / "weights").read_text() == content
+    assert (store.path(key) / "sub" / "weights").read_text() == content
     store.publish(key, new)
+    assert store.path(key) == store.root / key
+    assert (store.path(key) / "weights").read_text() == "new"
+    assert store.names("runs/0123456789ab") == ["adapter"], "nothing stays aside"
+
+
+def test_kills_one_after_another_keep_the_last_complete_directory(store: Store, tmp_path: Path) -> None:
+    key = "runs/0123456789ab/adapter"
+    store.publish(key, folder(tmp_path / "old", weights="old"))
+    for number in range(2):  # the second finds the old one aside already
+        publish_and_die(store, "during_publish:adapter", key, folder(tmp_path / f"new {number}", weights="new"))
+        assert (store.path(key) / "weights").read_text() == "old"
+    store.remove(key)
+    assert not store.exists(key)
+    assert store.names("runs/0123456789ab") == []
+
+
+def test_a_directory_is_readable_at_every_instant_of_being_replaced(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "runs/0123456789ab/checkpoint"
+    sources = [folder(tmp_path / f"{number}", weights=f"{number}") for number in range(4)]
+    store.publish(key, sources[0])
+    rename = os.rename
+    seen: list[str] = []
+
+    def looking(source: Path, target: Path) -> None:
+        rename(source, target)
+        seen.append((store.path(key) / "weights").read_text())
+
+    monkeypatch.setattr(os, "rename", looking)
+    for number in range(1, 4):
+        store.publish(key, sources[number])
+        old, new = f"{number - 1}", f"{number}"
+        assert seen == [old, new, new], "aside, in place, the old one away"
+        seen.clear()
+
+
+def test_a_reader_that_looks_between_two_renames_finds_the_new_directory(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It saw nothing in place, then the new one came and the old one went from aside."""
+    key = "runs/0123456789ab/checkpoint"
+    old, new = (folder(tmp_path / name, weights=name) for name in ("old", "new"))
+    store.publish(key, old)
+    os.rename(store.root / key, store.root / f"{key}.replaced")
+    is_complete = engine.atomic.is_complete
+    looks: list[Path] = []
+
+    def racing(directory: Path) -> bool:
+        found = is_complete(directory)
+        looks.append(directory)
+        if len(looks) == 1:
+            Store(store.root).publish(key, new)
+        return found
+
+    monkeypatch.setattr(engine.atomic, "is_complete", racing)
     assert (store.path(key) / "weights").read_text() == "new"
 
 
@@ -216,7 +277,7 @@ def test_keys_that_are_none_are_refused(store: Store, key: str) -> None:
     assert files_of(store.root.parent) == before
 
 
-@pytest.mark.parametrize("key", ["store.json", "runs/a/adapter/MANIFEST.json"])
+@pytest.mark.parametrize("key", ["store.json", "runs/a/adapter/MANIFEST.json", "runs/a/adapter.replaced"])
 def test_names_of_the_store_itself_cannot_be_published(store: Store, key: str) -> None:
     with pytest.raises(StoreError, match="keeps this name"):
         store.publish(key, b"x")
@@ -260,10 +321,74 @@ def test_an_input_is_kept_once(store: Store) -> None:
     assert store.read(f"inputs/{digest}") == b"text"
 
 
+def test_a_damaged_input_is_refused_and_replaced_by_the_next_copy(store: Store) -> None:
+    digest = store.put_input(b"text")
+    (store.root / "inputs" / digest).write_bytes(b"tex")
+    with pytest.raises(StoreError, match=f"inputs/{digest}: damaged"):
+        store.read_input(digest)
+    assert store.put_input(b"text") == digest
+    assert store.read_input(digest) == b"text"
+
+
 def test_lines_are_appended(store: Store) -> None:
     store.append_line("runs/a/log.txt", "one")
     store.append_line("runs/a/log.txt", "two\n")
     assert store.read("runs/a/log.txt") == b"one\ntwo\n"
+
+
+def test_a_claim_is_held_by_one_at_a_time_and_leaves_nothing(store: Store) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(5):
+            with Store(store.root).claimed("0123456789ab", lambda: None):
+                inside.append(number)
+                most.append(len(inside))
+                time.sleep(0.001)
+                inside.remove(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 20
+    assert list((store.root / ".tmp").iterdir()) == []
+
+
+def test_a_claim_waits_for_a_living_process_and_not_for_a_dead_one(store: Store) -> None:
+    code = (
+        "import sys, time; from engine.store import Store\n"
+        "with Store.open(sys.argv[1]).claimed('0123456789ab', lambda: None): print(flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(store.root)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    waited: list[bool] = []
+
+    def waiting() -> None:
+        waited.append(True)
+        if len(waited) == 2:
+            holder.kill()
+            holder.wait()
+
+    with store.claimed("0123456789ab", waiting):
+        assert len(waited) == 2
+
+
+def test_without_locks_a_claim_is_given_to_all(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("engine.file_lock.fcntl.flock", refuse)
+    waiting = pytest.fail
+    with store.claimed("a", waiting), store.claimed("a", waiting):
+        pass
 
 
 def test_remove_takes_away_files_and_directories_and_nothing_else(store: Store, tmp_path: Path) -> None:

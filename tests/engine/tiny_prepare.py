@@ -35,14 +35,18 @@ class TinySweep:
         self.file = write_tiny_sweep(folder)
         self.raw: dict[str, Any] = yaml.safe_load(self.file.read_text())
 
-    def prepare(self, *overrides: str, machine: Machine = MACHINE) -> Prepared:
+    def prepare(
+        self, *overrides: str, machine: Machine = MACHINE, only: str | None = None, smoke: bool = False
+    ) -> Prepared:
         self.file.write_text(yaml.safe_dump(self.raw, sort_keys=False))
-        return prepare(self.file, overrides, machine)
+        return prepare(self.file, overrides, machine, only=only, smoke=smoke)
 
-    def faults(self, *overrides: str, machine: Machine = MACHINE) -> dict[str, str]:
+    def faults(
+        self, *overrides: str, machine: Machine = MACHINE, only: str | None = None, smoke: bool = False
+    ) -> dict[str, str]:
         """Message by key, of a sweep that must be refused with all of its faults in one error."""
         with pytest.raises(ConfigError) as caught:
-            self.prepare(*overrides, machine=machine)
+            self.prepare(*overrides, machine=machine, only=only, smoke=smoke)
         faults = caught.value.faults
         assert len({fault.key for fault in faults}) == len(faults), faults
         return {fault.key: fault.message for fault in faults}

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BltConfig,
+    GenerationConfig,
+    GPT2Config,
+    Llama4Config,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    T5Config,
+)
 
 from tests.bases import tiny_base
 from tests.tiny import tiny_model, tiny_tokenizer
-from trainables.base_model import BaseConfig, load_base, load_tokenizer, resolve_base
+from trainables.base_model import BaseConfig, load_base, load_tokenizer, model_files, resolve_base
 from trainables.embedded import MODELS, EmbeddedModel
 from trainables.errors import ConfigError
 from trainables.lora import LoraSettings, add_adapter
@@ -21,6 +34,7 @@ from trainables.shapes import ModelShape
 
 CPU = torch.device("cpu")
 EMBEDDED = "embedded:smollm2-135m-instruct"
+LLAMA4_TEXT = {"num_hidden_layers": 2, "hidden_size": 16, "vocab_size": 50, "num_attention_heads": 2, "head_dim": 8}
 
 
 @pytest.fixture
@@ -130,6 +144,120 @@ def test_a_folder_is_known_by_its_contents(folder: Path) -> None:
     (moved / "pytorch_model.bin").write_bytes(b"other weights")
     seen.add(revision())
     assert len(seen) == 6, "every file that the model is made of is in its identity"
+
+
+def revision_of(folder: Path) -> str:
+    return resolve_base(BaseConfig(model=str(folder)), cuda=False)[0].revision
+
+
+def test_what_else_lies_in_a_folder_is_not_in_its_identity(folder: Path) -> None:
+    before = revision_of(folder)
+    strays = (
+        "notes.txt",
+        ".DS_Store",
+        "README.md",
+        "trainer_state.json",
+        "preprocessor_config.json",
+        "training_args.bin",
+    )
+    for name in (*strays, "pytorch_model.bin", "model-00001-of-00002.safetensors", "model.gguf"):
+        (folder / name).write_bytes(b"{}")  # weights too: transformers takes model.safetensors
+    (folder / "tokenizer.txt").mkdir()
+    (folder / "original").mkdir()
+    (folder / "original" / "config.json").write_text("{}")
+    assert revision_of(folder) == before
+
+
+def test_an_index_and_the_shards_that_it_names_are_the_weights(folder: Path, tmp_path: Path) -> None:
+    sharded = tmp_path / "sharded"
+    tiny_model("qwen2", num_layers=3).save_pretrained(sharded, max_shard_size="40KB")
+    tiny_tokenizer().save_pretrained(sharded)
+    shards = sorted(path.name for path in sharded.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert {path.name for path in model_files(sharded)} >= {"model.safetensors.index.json", *shards}
+    seen = {revision_of(folder), revision_of(sharded)}
+    (sharded / "model-00009-of-00009.safetensors").write_bytes(b"of another index")
+    assert revision_of(sharded) in seen
+    content = bytearray((sharded / shards[-1]).read_bytes())
+    content[-1] ^= 1
+    (sharded / shards[-1]).write_bytes(content)
+    seen.add(revision_of(sharded))
+    assert len(seen) == 3
+    (sharded / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"base.model: .*index\.json is not an index of weights"):
+        revision_of(sharded)
+
+
+def test_every_vocabulary_file_that_a_tokenizer_knows_is_in_the_identity(folder: Path) -> None:
+    """A tokenizer of a later transformers that reads another file shows up here."""
+    sources = Path(transformers.__file__).parent.glob("models/*/tokenization_*.py")
+    tables = [re.findall(r"VOCAB_FILES_NAMES = \{(.*?)\}", path.read_text(), re.DOTALL) for path in sources]
+    entries = [entry for found in tables for table in found for entry in table.split(",")]
+    names = {name for entry in entries for name in re.findall(r':\s*"([^"]+)"', entry)}
+    assert len(names) > 20
+    for name in names:
+        (folder / name).write_text("x")
+    assert names - {path.name for path in model_files(folder)} == set()
+
+
+def test_a_model_of_which_weights_are_missing_is_not_made_up(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"no weights for 1 parameters of the model, such as model\.layers\.1\.mlp"):
+        load_base(resolve_base(BaseConfig(model=str(folder)), cuda=False)[0], CPU)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=50), ModelShape(3, 16, 50)),
+        (
+            OPTConfig(num_hidden_layers=2, hidden_size=16, ffn_dim=8, num_attention_heads=2, vocab_size=50),
+            ModelShape(2, 16, 50),
+        ),
+        (tiny_model("gemma3", num_layers=5).config, ModelShape(5, 32, 300)),
+        (Llama4Config(text_config=LLAMA4_TEXT), ModelShape(2, 16, 50)),
+    ],
+    ids=["gpt2", "opt", "gemma3", "llama4"],
+)
+def test_shapes_are_found_under_the_names_of_each_architecture(
+    tmp_path: Path, config: PretrainedConfig, shape: ModelShape
+) -> None:
+    config.save_pretrained(tmp_path)
+    assert resolve_base(BaseConfig(model=str(tmp_path)), cuda=False)[1] == shape
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (T5Config(), "(model type 't5') is not a causal language model of transformers"),
+        (
+            BertConfig(),
+            "(model type 'bert') cannot be used: ValueError: BertLMHeadModel has no list of 12 decoder blocks",
+        ),
+        (BltConfig(), "the config of {model!r} (model type 'blt') does not say num_hidden_layers, hidden_size"),
+        (LlamaConfig(hidden_act="none such"), "(model type 'llama') cannot be used: KeyError: "),
+    ],
+    ids=["no causal model", "no decoder", "no shape", "cannot be built"],
+)
+def test_a_model_that_cannot_be_hooked_is_a_fault_of_the_config(
+    tmp_path: Path, config: PretrainedConfig, message: str
+) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        resolve_base(BaseConfig(model=str(tmp_path)), cuda=False)
+    (fault,) = caught.value.faults
+    assert fault.key == "base.model"
+    assert "\n" not in fault.message
+    assert message.format(model=str(tmp_path)) in fault.message
+
+
+def test_an_impossible_config_is_a_fault_of_the_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    with pytest.raises(ConfigError, match=r"base.model: the config of .* is impossible: .*hidden_size"):
+        resolve_base(BaseConfig(model=str(folder)), cuda=False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

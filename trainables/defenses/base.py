@@ -65,6 +65,7 @@ class DefenseConfig(Config):
     excludes: ClassVar[frozenset[str]] = frozenset()
 
     kind: str
+    """Which kind of defense."""
 
     def label(self) -> str:
         """A few words for tables and legends, such as ``pps bridge L20 x1.5``."""

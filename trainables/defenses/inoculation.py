@@ -21,12 +21,13 @@ SEPARATOR = "\n\n"
 
 
 class Inoculation(DefenseConfig):
-    """Put a prompt of the bank before the first user message. ``prompts``: a trait's name or a list of texts."""
+    """Put a prompt of the bank, drawn anew for every use of a row, before the first user message."""
 
     excludes = frozenset({"inoculation"})
 
     kind: Literal["inoculation"] = "inoculation"
     prompts: PromptBank
+    """A trait's name, for its ``inoculation_prompts``, or a list of texts."""
 
     def label(self) -> str:
         if isinstance(self.prompts, str):

@@ -22,8 +22,12 @@ class Pps(DefenseConfig):
 
     kind: Literal["pps"] = "pps"
     vector: VectorName
+    """Name of one of the sweep's ``vectors``."""
     layer: int
+    """Where it is added: layer l is the output of decoder block l - 1. Allowed are 1 to the number of blocks; the last
+    one needs a vector whose last row was read before the final norm."""
     coefficient: float
+    """How much of the vector, which is used at its raw norm. Not 0; a negative one pushes away."""
 
     def label(self) -> str:
         return f"pps {self.vector} L{self.layer} x{self.coefficient:g}"

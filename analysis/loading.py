@@ -1,0 +1,61 @@
+"""Loading the model of a run, as it was sampled from: the base of the sweep with the run's adapter on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from analysis.manifest import RunEntry, adapter_key
+from trainables.base_model import BaseConfig, LoadedBase, ResolvedBase, load_base, resolve_base
+from trainables.errors import ConfigError, Fault
+from trainables.lora import load_adapter
+from trainables.shapes import ModelShape
+
+if TYPE_CHECKING:
+    from analysis.results import Results
+
+_HEADING = "nothing was loaded"
+
+
+def find_base(results: Results, entry: RunEntry, *, cuda: bool, base: str | None) -> tuple[ResolvedBase, ModelShape]:
+    """The base that a row of the sweep used, without loading it; ``base``: where it lies, if not where it did.
+
+    Raises ConfigError if the run's training is not done, or if the base is not here as the sweep used it: an adapter
+    on another base would be another model.
+    """
+    if entry.kind == "run" and not (results.root / adapter_key(entry.run_id) / "adapter_config.json").is_file():
+        fault = Fault("run", f"{entry.label!r} is not done: it has no adapter yet")
+        raise ConfigError([fault], _HEADING)
+    used = {name: entry.config[f"base.{name}"] for name in ("model", "revision", "dtype")}
+    wanted = BaseConfig.model_validate(used if base is None else used | {"model": base})
+    try:
+        resolved, shape = resolve_base(wanted, cuda=cuda)
+    except ConfigError as error:
+        hint = f"; if it lies elsewhere, say where by base (the sweep calls it {used['model']!r})"
+        raise ConfigError([Fault(fault.key, fault.message + hint) for fault in error.faults], _HEADING) from error
+    if resolved.revision != used["revision"]:
+        message = (
+            f"{wanted.model!r} is not the base that the sweep used: its revision is {resolved.revision}, "
+            f"the sweep's {used['revision']}; say where that one lies by base"
+        )
+        raise ConfigError([Fault("base", message)], _HEADING)
+    return resolved, shape
+
+
+def load_run(results: Results, entry: RunEntry, base: ResolvedBase, device: torch.device) -> tuple[Any, LoadedBase]:
+    """The model of a row whose base ``find_base`` found, and the base that it stands on.
+
+    A PeftModel (of a base the base's own model), frozen, in evaluation mode; the base's tokenizer pads on the left, so
+    that in a batch too answers begin where prompts end.
+    """
+    loaded = load_base(base, device)
+    loaded.tokenizer.padding_side = "left"
+    if entry.kind == "base":
+        return loaded.model, loaded
+    return load_adapter(loaded.fresh(), results.root / adapter_key(entry.run_id), entry.run_id), loaded
+
+
+def default_device() -> torch.device:
+    """A GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

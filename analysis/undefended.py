@@ -1,0 +1,71 @@
+"""Which undefended run a run is compared with: the one of the same sweep that is the same but for the defense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from analysis.manifest import RunEntry, Scalar
+
+NO_DEFENSE = "none"
+ITSELF = "it is undefended itself"
+
+
+@dataclass(frozen=True)
+class Partner:
+    """The undefended run's label, or the problem: why there is none. Exactly one of them is there."""
+
+    label: str | None
+    problem: str | None
+
+
+def is_undefended(entry: RunEntry) -> bool:
+    """Whether this is a run whose defense is the empty list."""
+    items = [name for name in entry.config if name.startswith("defense.")]
+    return entry.kind == "run" and not items and entry.config.get("defense") == NO_DEFENSE
+
+
+def partners_of(entries: Sequence[RunEntry]) -> dict[str, Partner]:
+    """The undefended run of every row by label. Nothing is guessed: with several candidates, or none, there is none."""
+    undefended = [entry for entry in entries if is_undefended(entry)]
+    by_settings: dict[frozenset[tuple[str, str]], list[str]] = {}
+    for entry in undefended:
+        by_settings.setdefault(_key(_settings(entry)), []).append(entry.label)
+    return {entry.label: _partner(entry, by_settings, undefended) for entry in entries}
+
+
+def differing(configs: Sequence[Mapping[str, Scalar]]) -> list[str]:
+    """The fields whose values are not the same in all of these, in order of appearance; absent is a value."""
+    names = dict.fromkeys(name for config in configs for name in config)
+    return [name for name in names if len({repr(config[name]) if name in config else None for config in configs}) > 1]
+
+
+def _partner(
+    entry: RunEntry, by_settings: Mapping[frozenset[tuple[str, str]], list[str]], undefended: Sequence[RunEntry]
+) -> Partner:
+    if entry.kind == "base":
+        return Partner(None, "a base is not trained")
+    if is_undefended(entry):
+        return Partner(None, ITSELF)
+    labels = by_settings.get(_key(_settings(entry)), [])
+    if len(labels) == 1:
+        return Partner(labels[0], None)
+    if labels:
+        return Partner(None, f"several undefended runs have the same settings: {', '.join(labels)}")
+    if not undefended:
+        return Partner(None, "the sweep has no undefended run")
+    settings = _settings(entry)
+    nearest = min(undefended, key=lambda other: len(differing([settings, _settings(other)])))
+    fields = ", ".join(differing([settings, _settings(nearest)]))
+    return Partner(
+        None, f"no undefended run has the same settings; the nearest, {nearest.label!r}, differs in {fields}"
+    )
+
+
+def _settings(entry: RunEntry) -> dict[str, Scalar]:
+    """Everything but the defense."""
+    return {name: value for name, value in entry.config.items() if name.partition(".")[0] != "defense"}
+
+
+def _key(settings: Mapping[str, Scalar]) -> frozenset[tuple[str, str]]:
+    return frozenset((name, repr(value)) for name, value in settings.items())

@@ -1,0 +1,55 @@
+"""``--smoke``: every cell cut so short that the whole sweep is tried from end to end in a minute or two.
+
+What is cut is what takes the time: optimizer steps, questions, answers and their length. All else stays as the sweep
+file says it: every data row is proved, vectors are made, answers judged, losses measured, the report written. It is
+done after blocks and axes are merged, so no block can win over it. Numbers of a smoke run mean nothing, which is why
+they go to a store of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.location import local_root
+from engine.sweep_models import Cell
+from engine.tasks import QuestionText
+from trainables.errors import StoreError
+
+MAX_STEPS = 2
+NUM_QUESTIONS = 2
+MAX_NEW_TOKENS = 16
+WHAT = (
+    f"at most {MAX_STEPS} optimizer steps per training, {NUM_QUESTIONS} questions, one answer of at most "
+    f"{MAX_NEW_TOKENS} tokens to each"
+)
+SUFFIX = "-smoke"
+
+
+def smoke_cell(cell: Cell) -> Cell:
+    """``cell`` with short work; its label stays, so that it is recognised."""
+    steps, tokens = cell.training.max_steps, cell.evaluation.max_new_tokens
+    training = {"max_steps": MAX_STEPS if steps is None else min(steps, MAX_STEPS)}
+    evaluation = {"samples": 1, "max_new_tokens": min(tokens, MAX_NEW_TOKENS)}
+    return cell.model_copy(
+        update={
+            "training": cell.training.model_copy(update=training),
+            "evaluation": cell.evaluation.model_copy(update=evaluation),
+        }
+    )
+
+
+def smoke_questions(questions: Sequence[QuestionText]) -> tuple[QuestionText, ...]:
+    """The first of the questions."""
+    return tuple(questions[:NUM_QUESTIONS])
+
+
+def smoke_results(results: str) -> str:
+    """The store beside the one at ``results``: ``results-smoke`` for ``results``. A URL becomes the folder it means."""
+    try:
+        root = local_root(results)
+    except StoreError:
+        return results  # no store can be there: that is a fault of its own
+    is_plain = ":/" not in results and results.rstrip("/").rpartition("/")[2] not in ("", ".", "..")
+    if is_plain and not results.startswith("~"):
+        return results.rstrip("/") + SUFFIX
+    return f"{root}{SUFFIX}"

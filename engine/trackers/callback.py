@@ -1,0 +1,36 @@
+"""The Tune callback that trackers live on.
+
+Tune's three concrete logger callbacks (TensorBoard's, W&B's, MLflow's) know a trial and its reports: they write into
+the trial's folder, which is thrown away, and count reports, one of which may tell of many optimizer steps. Here a
+trial's report carries the steps that were done since the last one, and what a run is called comes from the sweep.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.tune.experiment import Trial
+from ray.tune.logger import LoggerCallback
+
+from engine.scheduler import StaysInDriver, why_failed
+from engine.trackers.feed import Feed
+from trainables.rows import TrainingRow
+
+
+class TrackerCallback(StaysInDriver, LoggerCallback):
+    """Feeds the trackers of a sweep with what its trials report."""
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+
+    def log_trial_result(self, iteration: int, trial: Trial, result: dict[str, Any]) -> None:
+        del iteration, trial
+        if result.get("rows"):
+            self.feed.steps([TrainingRow(**row) for row in result["rows"]])
+
+    def log_trial_end(self, trial: Trial, failed: bool = False) -> None:
+        reason = why_failed(trial, failed)
+        if reason is None:
+            self.feed.done(trial.config["job"])
+        else:
+            self.feed.failed(trial.config["job"], reason)

@@ -1,0 +1,121 @@
+"""A page being followed: its files are written, its commands and its Python run, in order, in a folder like a checkout.
+
+What the folder has: ``configs``, a ``.venv`` whose ``shiftgrad`` and ``python`` are found first, and the finished
+quickstart in ``results``. The Python blocks of a page share their names, as the cells of a notebook do, and a last
+expression is printed.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from analysis.traits import read_trait
+from engine.sweep_file import check_sweep
+from tests.docs.blocks import Block
+from tests.engine.sweep_writing import minimal
+
+PROJECT = Path(__file__).resolve().parents[2]
+WIDTH = 100  # columns; pages show what fits on them
+
+
+@dataclass
+class Checkout:
+    """The folder in which a page is followed."""
+
+    folder: Path
+    names: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def make(folder: Path, shiftgrad: str) -> Checkout:
+        """``shiftgrad`` is the shell command that ``.venv/bin/shiftgrad`` passes its arguments to."""
+        shutil.copytree(PROJECT / "configs", folder / "configs")
+        programs = folder / ".venv" / "bin"
+        programs.mkdir(parents=True)
+        for name, command in {"shiftgrad": f"{shiftgrad} shiftgrad", "python": sys.executable}.items():
+            (programs / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+            (programs / name).chmod(0o755)
+        (programs / "activate").write_text(f'export PATH="{programs}:$PATH"\n')
+        return Checkout(folder)
+
+    def follow(self, block: Block) -> str:
+        """Do what a block says; returns what it printed. Raises AssertionError if that fails."""
+        if block.title is not None:
+            file = self.folder / block.title
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.text, encoding="utf-8")
+        if block.language == "bash":
+            return self._shell(block)
+        if block.language == "python":
+            return self._python(block)
+        if block.language == "yaml":
+            self._check_yaml(block)
+        elif block.language in ("json", "jsonl"):
+            for line in [block.text] if block.language == "json" else block.text.splitlines():
+                json.loads(line)
+        return ""
+
+    def _shell(self, block: Block) -> str:
+        environment = os.environ | {
+            "PATH": f"{self.folder / '.venv' / 'bin'}:{os.environ['PATH']}",
+            "PYTHONPATH": str(PROJECT),
+            "COLUMNS": str(WIDTH),
+            "TERM": "dumb",
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block.text],
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == 0, f"{block.name} ended with status {done.returncode}:\n{block.text}\n{done.stdout}"
+        return done.stdout
+
+    def _python(self, block: Block) -> str:
+        """Run the block in a module of its own name, where classes can be looked up by pydantic and pickle."""
+        module = sys.modules.setdefault(f"page_{id(self)}", types.ModuleType(f"page_{id(self)}"))
+        tree = ast.parse(block.text, block.name)
+        last = tree.body[-1] if tree.body else None
+        if isinstance(last, ast.Expr) and not isinstance(last.value, ast.Constant):
+            tree.body[-1] = ast.copy_location(ast.parse(f"print({ast.unparse(last.value)})").body[0], last)
+            ast.fix_missing_locations(tree)
+        printed = io.StringIO()
+        with contextlib.chdir(self.folder), contextlib.redirect_stdout(printed):
+            exec(compile(tree, block.name, "exec"), vars(module))
+            for name in [name for name in vars(module) if name.startswith("test_")]:
+                vars(module).pop(name)()
+        return printed.getvalue()
+
+    def _check_yaml(self, block: Block) -> None:
+        """A whole sweep file or trait as the program checks it; a part of a sweep file within a small one."""
+        content = yaml.safe_load(block.text)
+        if block.title is not None and Path(block.title).name == "trait.yaml":
+            read_trait(self.folder / block.title)
+            return
+        if isinstance(content, list):
+            content = {"runs": content}
+        elif "defense" in content:
+            content = {"runs": [content]}
+        if not {"name", "runs"} <= content.keys():
+            content = minimal(**content)
+        file = self.folder / (block.title or "part.yaml")
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
+        _, faults = check_sweep(file)
+        assert not faults, f"{block.name}: {'; '.join(map(str, faults))}"
+        if block.title is not None:
+            file.write_text(block.text, encoding="utf-8")
