@@ -65,7 +65,7 @@ class RunEntry(Config):
     judge_ids: dict[str, TaskId]  # metric name -> judging task
     plain_loss_id: TaskId | None
     config: dict[str, Scalar]  # flattened: training.learning_rate, defense, seed, ...
-    scales: dict[str, tuple[float, float]] = {}  # metric name -> least and greatest value that there can be
+    scales: dict[str, tuple[float, float]] = Field(default_factory=dict)  # metric name -> least and greatest value
 
 
 class Manifest(Config):

@@ -228,7 +228,7 @@ class Results:
             run_id=entry.run_id,
             sample_id=entry.sample_id,
             status=status,
-            reason=failure and failure.reason,
+            reason=failure.reason if failure is not None else None,
             log_tail="\n".join(failure.log_tail) if failure is not None and failure.log_tail else None,
             **measured,
         )

@@ -159,6 +159,25 @@ def plan(
 
 
 @app.command()
+def rescore(file: SweepFileArgument, overrides: OverridesArgument = None) -> None:
+    """Apply judges' rules again to replies that are on disk; nothing is asked and nothing is trained.
+
+    Example: [bold]shiftgrad rescore my.yaml evaluation.metrics.flattery.min_probability_mass=0.8[/bold]
+    """
+    from engine.rescore import rescore as rescore_sweep
+    from engine.summary_view import summary_view
+
+    console = Console()
+    done = rescore_sweep(file, overrides or [])
+    console.print(summary_view(done.results))
+    console.print(f"{done.num_tasks} judging tasks done offline, {done.num_scored} answers scored.", highlight=False)
+    if done.num_open:
+        console.print(f"{done.num_open} answers were never judged so; `shiftgrad run` asks for them.", highlight=False)
+    if done.num_waiting:
+        console.print(f"{done.num_waiting} judging tasks have no answers yet.", highlight=False)
+
+
+@app.command()
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="where it is written; nothing there is overwritten")],
     name: Annotated[str, typer.Option(help="what the sweep and its trait are called")] = "tea",

@@ -127,6 +127,20 @@ class JudgePool:
             tuple[Group, str], Any
         ] = {}  # metrics that ask the same share replies
 
+    def start(self) -> None:
+        """Start the processes that the tasks need, and wait until they are up; without it each starts when needed."""
+        for task in self.tasks.values():
+            self._actor(task)
+        ray.get([actor.counts.remote() for actors in self._actors.values() for actor in actors])
+
+    def stop(self) -> None:
+        """End the pool's processes; what they had under way is asked again some time."""
+        for actors in self._actors.values():
+            for actor in actors:
+                ray.kill(actor)
+        self._actors.clear()
+        self._seat.clear()
+
     def submit(self, sample_id: str) -> None:
         """Judge the answers of a finished sampling task by every metric; asking again does nothing."""
         for task in self.tasks.values():

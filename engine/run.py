@@ -153,11 +153,11 @@ def run_sweep(
 
 def _run_sweep(prepared: Prepared, store: Store, console: Console, session: RaySession) -> Outcome:
     rows_before = _manifest(prepared.sweep.name, store)
-    write_sweep(prepared, store)
-    jobs = pending_jobs(prepared, store)
     unjudged = pending_judge_tasks(prepared, store)
     if faults := missing_keys(unjudged.values(), prepared.sweep.endpoints, os.environ):
         raise ConfigError(faults)
+    write_sweep(prepared, store)
+    jobs = pending_jobs(prepared, store)
     view = make_progress(console)
     watcher = _Watcher(prepared, store, view)
     watcher.publish_failures()  # those of an earlier invocation are history

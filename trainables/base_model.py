@@ -88,6 +88,10 @@ def _hub_config(base: BaseConfig) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    allowed = "give embedded:NAME, a local folder with config.json, or a Hugging Face id"
+    if base.model.startswith(("/", ".", "~")) and not Path(base.model).is_dir():
+        message = f"{base.model!r} cannot be opened (there is no such folder); {allowed}"
+        raise ConfigError([Fault("base.model", message)])
     try:
         return AutoConfig.from_pretrained(base.model, revision=base.revision, trust_remote_code=False)
     except StrictDataclassError as error:
@@ -95,7 +99,6 @@ def _hub_config(base: BaseConfig) -> Any:
         raise ConfigError([Fault("base.model", f"the config of {base.model!r} is impossible: {reason}")]) from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        allowed = "give embedded:NAME, a local folder with config.json, or a Hugging Face id"
         raise ConfigError([Fault("base.model", f"{base.model!r} cannot be opened ({reason}); {allowed}")]) from error
 
 

@@ -28,6 +28,7 @@ from trainables.failpoints import failpoint
 from trainables.lora import CounterDropout, LoraSettings, adapter_parameters, add_adapter, save_adapter, set_dropout_key
 from trainables.loss import token_losses
 from trainables.model_parts import decoder_layers
+from trainables.native_ops import native_ops
 from trainables.randomness import permutation
 from trainables.residual_stream import residual_stream
 from trainables.rows import RunSink, TrainingRow
@@ -195,7 +196,7 @@ def train_pack(
     model: Any = base.fresh()
     for spec in specs:
         model = add_adapter(model, spec.train_id, spec.training.lora, spec.seed)
-    use_lora_linear(model)
+    num_lora = use_lora_linear(model)
     model.to(base.device)
     _set_training_mode(model, gradient_checkpointing)
     if gradient_checkpointing:
@@ -211,10 +212,13 @@ def train_pack(
     try:
         for run in runs:
             run.done = resume(run.name, run.num_steps, driver, sinks[run.name])
-        while active := [run for run in runs if not run.ended]:
-            _optimizer_step(base, model, driver, runs, active, parameters, sinks)
-            _save_checkpoints(driver, active, sinks, checkpoints)
-            failpoint(f"after_step:{max(run.step for run in active)}")
+        with native_ops(model) as native:
+            for run in runs:
+                sinks[run.name].log(f"computed by shiftgrad: {num_lora} LoRA modules, {native}")
+            while active := [run for run in runs if not run.ended]:
+                _optimizer_step(base, model, driver, runs, active, parameters, sinks)
+                _save_checkpoints(driver, active, sinks, checkpoints)
+                failpoint(f"after_step:{max(run.step for run in active)}")
     finally:
         driver.close()
     model.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 _FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,})(?P<language>[a-z]*)(?P<rest>[^`\n]*)$")
@@ -54,7 +54,7 @@ def read_blocks(path: Path, page: str) -> list[Block]:
         block = Block(page, start + 1, fence["language"], title[1] if title else None, text)
         between = "".join(lines[last_end + 1 : start]).strip()
         if block.language == "text" and found and found[-1].language in RUN and not found[-1].title and not between:
-            found[-1] = Block(**{**vars(found[-1]), "shown": text})
+            found[-1] = replace(found[-1], shown=text)
         else:
             found.append(block)
         last_end = number

@@ -12,13 +12,14 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -28,6 +29,7 @@ from tests.docs.blocks import Block
 from tests.engine.sweep_writing import minimal
 
 PROJECT = Path(__file__).resolve().parents[2]
+_CHANGES_THE_MACHINE = re.compile(r"\b(pip3?|uv|conda|apt(-get)?|npm|install|sudo|venv)\b(?!/bin/(shiftgrad|activate))")
 WIDTH = 100  # columns; pages show what fits on them
 
 
@@ -36,11 +38,12 @@ class Checkout:
     """The folder in which a page is followed."""
 
     folder: Path
-    names: dict[str, Any] = field(default_factory=dict)
+    timeout_s: float
 
     @staticmethod
-    def make(folder: Path, shiftgrad: str) -> Checkout:
-        """``shiftgrad`` is the shell command that ``.venv/bin/shiftgrad`` passes its arguments to."""
+    def make(folder: Path, shiftgrad: str, timeout_s: float = 300) -> Checkout:
+        """``shiftgrad`` is the shell command that ``.venv/bin/shiftgrad`` passes its arguments to; no block may take
+        longer than ``timeout_s``."""
         shutil.copytree(PROJECT / "configs", folder / "configs")
         programs = folder / ".venv" / "bin"
         programs.mkdir(parents=True)
@@ -48,7 +51,7 @@ class Checkout:
             (programs / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
             (programs / name).chmod(0o755)
         (programs / "activate").write_text(f'export PATH="{programs}:$PATH"\n')
-        return Checkout(folder)
+        return Checkout(folder, timeout_s)
 
     def follow(self, block: Block) -> str:
         """Do what a block says; returns what it printed. Raises AssertionError if that fails."""
@@ -68,23 +71,35 @@ class Checkout:
         return ""
 
     def _shell(self, block: Block) -> str:
+        # Before anything runs: a page that is being written must not change the machine that it is tested on.
+        found = _CHANGES_THE_MACHINE.search(block.text)
+        assert found is None, f"{block.name}: list it in NOT_RUN, with the reason: {found and found[0]!r} is never run"
         environment = os.environ | {
             "PATH": f"{self.folder / '.venv' / 'bin'}:{os.environ['PATH']}",
             "PYTHONPATH": str(PROJECT),
             "COLUMNS": str(WIDTH),
             "TERM": "dumb",
             "OMP_NUM_THREADS": "1",
+            "PIP_NO_INDEX": "1",
         }
-        done = subprocess.run(
+        started = subprocess.Popen(
             ["bash", "-euo", "pipefail", "-c", block.text],
             cwd=self.folder,
             env=environment,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
-        assert done.returncode == 0, f"{block.name} ended with status {done.returncode}:\n{block.text}\n{done.stdout}"
-        return done.stdout
+        try:
+            printed, _ = started.communicate(timeout=self.timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)  # the commands too, not the shell alone
+            started.communicate()
+            raise
+        assert started.returncode == 0, f"{block.name} ended with status {started.returncode}:\n{block.text}\n{printed}"
+        return printed
 
     def _python(self, block: Block) -> str:
         """Run the block in a module of its own name, where classes can be looked up by pydantic and pickle."""

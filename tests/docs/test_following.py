@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,15 @@ class TestCheckout:
     def test_a_command_that_fails_is_noticed(self, checkout: Checkout, text: str) -> None:
         with pytest.raises(AssertionError, match="ended with status"):
             checkout.follow(_block("bash", text))
+
+    @pytest.mark.parametrize("text", ["pip install x\n", "cd x; python -m pip list\n", "make install\n", "sudo ls\n"])
+    def test_what_changes_the_machine_is_never_run(self, checkout: Checkout, text: str) -> None:
+        with pytest.raises(AssertionError, match="list it in NOT_RUN"):
+            checkout.follow(_block("bash", text))
+
+    def test_a_command_that_never_ends_is_noticed(self, checkout: Checkout) -> None:
+        with pytest.raises(subprocess.TimeoutExpired):
+            replace(checkout, timeout_s=0.5).follow(_block("bash", "sleep 600\n"))
 
     def test_python_blocks_share_names_and_print_the_last_expression(self, checkout: Checkout) -> None:
         assert checkout.follow(_block("python", "x = 2\n")) == ""

@@ -204,7 +204,7 @@ def test_the_data_are_chat_rows_of_one_question_each() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_a_newcomer_gets_through(tmp_path: Path) -> None:
     """init, plan, run --smoke and run --only with the real model, each in a process of its own, from another folder."""
 

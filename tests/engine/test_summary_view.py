@@ -86,6 +86,8 @@ class TestByRun:
         assert sum(line.split() == ["0.20", "to", "0.80", "0.00", "to", "0.60"] for line in lines) == 4
         assert cells_of(lines, f"{FAILED} ") == ["-", "-", "-", "-", "-", "failed"]
         assert lines[2].split()[:3] == ["run", "trait", "degeneration"]
+        # what makes a bound of a rate of 0 known
+        assert results.manifest.runs[0].scales == {"trait": (0.0, 1.0), "degeneration": (0.0, 1.0)}
 
     def test_an_error_or_where_there_is_none_the_bound(self) -> None:
         results = results_of(*seeded(1))

@@ -103,7 +103,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sweep(model: Path, tmp_path: Path) -> TinySweep:
-    return TinySweep(tmp_path, model)
+    """Two runs, which is enough to tell them apart; ``raw["runs"]`` can have more."""
+    sweep = TinySweep(tmp_path, model)
+    sweep.raw["runs"] = sweep.raw["runs"][:2]
+    return sweep
 
 
 @pytest.fixture
@@ -122,7 +125,8 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 
 ALL = list(range(1, NUM_STEPS + 1))
-RUNS = {"none", "pps topic L2 x1.5", "pps random L2 x1.5", "inoculation topic"}
+PPS = "pps topic L2 x1.5"
+RUNS = {"none", PPS}
 
 
 def test_a_finished_sweep_is_given_whole_and_once(sweep: TinySweep, notes: Notes) -> None:
@@ -217,8 +221,8 @@ def test_a_run_is_finished_when_its_answers_are_judged(sweep: TinySweep, notes: 
     feed = tracked.feed()
     feed.steps(training_rows(entry.run_id))
     feed.done(entry.run_id)
-    feed.done(tracked.run_ids["inoculation topic"])
-    wait_until(lambda: notes.state.get("inoculation topic") == "finished")
+    feed.done(tracked.run_ids[PPS])
+    wait_until(lambda: notes.state.get(PPS) == "finished")
     assert notes.state["none"] == "running"
     tracked.store.publish(scores, held_back)
     wait_until(lambda: notes.state["none"] == "finished")
@@ -236,7 +240,7 @@ def test_a_failed_run_is_marked_with_the_steps_that_it_did(sweep: TinySweep, not
     feed.settle()
     assert notes.steps["none"] == [1, 2, 3]
     assert notes.state["none"] == "failed: TrainingError: the loss is nan"
-    assert notes.state["inoculation topic"] == "finished"
+    assert notes.state[PPS] == "finished"
 
 
 @pytest.mark.parametrize("what", ["make", "begin", "log", "finish"])
@@ -244,7 +248,7 @@ def test_a_tracker_that_fails_is_said_once_and_made_good_later(sweep: TinySweep,
     tracked = finished(sweep.prepare())
     notes.fail_in = {what, "close"}
     feed = tracked.feed()
-    for label in ("none", "inoculation topic"):
+    for label in ("none", PPS):
         for row in training_rows(tracked.run_ids[label]):
             feed.steps([row])
         feed.done(tracked.run_ids[label])
@@ -253,7 +257,7 @@ def test_a_tracker_that_fails_is_said_once_and_made_good_later(sweep: TinySweep,
     assert first.startswith("notes failed and is left out for now; the sweep goes on. ConnectionError: no answer from")
     assert "hunter22" not in first
     assert "\n" not in first
-    num_missing = 4 if what == "log" else 5  # the base has no steps
+    num_missing = 2 if what == "log" else 3  # the base has no steps
     wanted = f"notes: {num_missing} runs are not complete there; the next run of this sweep sends what is missing"
     assert last == wanted
     notes.fail_in = set()
@@ -294,7 +298,7 @@ def test_a_tracker_that_hangs_holds_nobody_up(sweep: TinySweep, monkeypatch: pyt
     feed.settle()
     release.set()
     assert tracked.said[0] == "notes: no longer waited for, nothing got done in 0 s"
-    assert "5 runs are not complete there" in tracked.said[1]
+    assert "3 runs are not complete there" in tracked.said[1]
 
 
 def test_a_sweep_with_nothing_to_do_makes_no_tracker(
@@ -312,7 +316,8 @@ def test_a_sweep_with_nothing_to_do_makes_no_tracker(
 
 
 def test_the_callback_feeds_what_trials_report(sweep: TinySweep, notes: Notes) -> None:
-    tracked = finished(sweep.prepare(), failed="pps topic L2 x1.5")
+    sweep.raw["runs"].append({"defense": {"kind": "inoculation", "prompts": "topic"}})
+    tracked = finished(sweep.prepare(), failed=PPS)
     feed = tracked.feed()
     callback = TrackerCallback(feed)
     ids = tracked.run_ids
@@ -326,14 +331,14 @@ def test_the_callback_feeds_what_trials_report(sweep: TinySweep, notes: Notes) -
     callback.on_trial_result(9, [], trial(ids["none"]), {"status": "running", "sampled": "x"})
     callback.on_trial_complete(9, [], trial(ids["none"], status="done"))
     callback.on_trial_complete(9, [], trial("a vector", status="done"))
-    callback.on_trial_complete(9, [], trial(ids["pps topic L2 x1.5"], status="failed", reason="it diverged"))
-    callback.on_trial_error(9, [], trial(ids["pps random L2 x1.5"]))
+    callback.on_trial_complete(9, [], trial(ids[PPS], status="failed", reason="it diverged"))
+    callback.on_trial_error(9, [], trial(ids["inoculation topic"]))
     wait_until(lambda: len(notes.state) == 3 and "running" not in notes.state.values())
     assert notes.steps["none"] == ALL
     assert notes.state == {
         "none": "finished",
-        "pps topic L2 x1.5": "failed: it diverged",
-        "pps random L2 x1.5": "failed: the trial failed without a message",
+        PPS: "failed: it diverged",
+        "inoculation topic": "failed: the trial failed without a message",
     }
     feed.close(10)
     pickle.dumps(callback)  # as Tune does

@@ -154,6 +154,7 @@ def test_what_else_lies_in_a_folder_is_not_in_its_identity(folder: Path) -> None
     before = revision_of(folder)
     strays = (
         "notes.txt",
+        "tokenizer_notes.txt",
         ".DS_Store",
         "README.md",
         "trainer_state.json",
@@ -251,6 +252,12 @@ def test_a_model_that_cannot_be_hooked_is_a_fault_of_the_config(
     assert fault.key == "base.model"
     assert "\n" not in fault.message
     assert message.format(model=str(tmp_path)) in fault.message
+
+
+def test_an_adapter_beside_the_model_is_not_put_on_silently(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"base.model: .* holds an adapter beside the model"):
+        resolve_base(BaseConfig(model=str(folder)), cuda=False)
 
 
 def test_an_impossible_config_is_a_fault_of_the_config(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Our forward pass of a LoRA module against PEFT's own.
 
-float64: 1e-10, where rounding is near 1e-14; 1e-4 for models whose norms compute in float32 whatever they are given (their
-rounding, 1e-7, is enlarged on the way through the blocks). bfloat16: both sides compute the sum in float32 and round it once; where
-the float32 sums fall on two sides of a rounding border, results are one bfloat16 step apart, 2^-8 relative.
+float64: 1e-10, where rounding is near 1e-14; 1e-4 for models whose norms compute in float32 whatever they are given
+(their rounding, 1e-7, grows on the way through the blocks). bfloat16: both sides take the sum in float32 and round it
+once; where the float32 sums fall on two sides of a rounding border, results are one bfloat16 step apart, 2^-8 relative.
 """
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
 """A training against a plain loop of PyTorch, PEFT and torch.optim.AdamW, and against itself done in other ways.
 
 Tolerances. In float64 both sides differ by rounding near 1e-14, which AdamW may enlarge where a gradient is nearly
-zero: 1e-10 is asked. In float32 with the model's own logits, and no attention mask on either side (padding stands on the
-right; with a mask the same sums are taken in another order), both sides give the same numbers: equality to the bit.
-Ours adds the low-rank part of an adapter inside the matrix product, which is the same sum where alpha / rank is a power
-of two, as here.
+zero: 1e-10 is asked. In float32 with the model's own logits, no attention mask
+(padding stands on the right; with a mask the same sums are taken in another order) and norms and rotary embeddings as
+ours has them (trainables/native_ops.py), PEFT's own modules and torch's AdamW give the same numbers: equality to the
+bit. Ours adds the low-rank part of an adapter inside the matrix product, which is the same sum where alpha / rank is a
+power of two, as here.
 In float32 with our chunked loss the two cross-entropies round differently (1e-7 relative): 1e-6 relative on losses.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -27,20 +29,9 @@ from trainables.base_model import LoadedBase
 from trainables.chat_data import ChatEncoder
 from trainables.defenses import Pps
 from trainables.lora import LoraSettings, adapter_parameters, add_adapter, linear_module_names
+from trainables.native_ops import native_ops
 from trainables.randomness import permutation
 from trainables.train import RunSpec, num_optimizer_steps
-
-
-@pytest.fixture
-def float64_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed rounds float64 gradients to float32 on their way between workers, of which there is one here."""
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
-    kind = type(get_accelerator())
-    monkeypatch.setattr(kind, "supported_dtypes", lambda _: [torch.float32, torch.bfloat16, torch.float64])
-    own = property(lambda engine: next(p.dtype for p in engine.module.parameters() if p.requires_grad))
-    monkeypatch.setattr(DeepSpeedEngine, "communication_data_type", own)
 
 
 def plain_loop(
@@ -49,9 +40,12 @@ def plain_loop(
     *,
     shift: tuple[int, torch.Tensor] | None = None,
     lora_dtype: torch.dtype,
-    masked: bool = True,
+    as_ours: bool = False,
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """Losses, gradient norms before clipping, and the final adapter as PEFT names it."""
+    """Losses, gradient norms before clipping, and the final adapter as PEFT names it.
+
+    ``as_ours``: norms and rotary embeddings of ours, and no attention mask; else the model as transformers has it.
+    """
     training = one.training
     start = adapter_parameters(add_adapter(base.fresh(), "default", training.lora, one.seed), "default")
     config = LoraConfig(
@@ -76,29 +70,30 @@ def plain_loop(
     encoder = ChatEncoder(base.tokenizer, one.data.max_length)
     losses, norms = [], []
     per_epoch = -(-len(one.rows) // training.batch_size)
-    for step in range(steps):
-        order = permutation(len(one.rows), one.seed, step // per_epoch)
-        first = step % per_epoch * training.batch_size
-        batch = [encoder.encode(one.rows[index]) for index in order[first : first + training.batch_size]]
-        length = max(len(row.input_ids) for row in batch)
-        length += -length % training.pad_to_multiple_of
-        ids = torch.zeros(len(batch), length, dtype=torch.int64)
-        attention = torch.zeros(len(batch), length, dtype=torch.int64)
-        wanted = torch.zeros(len(batch), length, dtype=torch.bool)
-        for place, row in enumerate(batch):
-            ids[place, : len(row.input_ids)] = torch.tensor(row.input_ids)
-            attention[place, : len(row.input_ids)] = 1
-            wanted[place, : len(row.input_ids)] = torch.tensor(row.response_mask)
-        logits = model(input_ids=ids, attention_mask=attention if masked else None, use_cache=False).logits
-        each = F.cross_entropy(logits[:, :-1][wanted[:, 1:]], ids[:, 1:][wanted[:, 1:]], reduction="none")
-        loss = each.sum() / len(each)
-        loss.backward()
-        limit = training.max_gradient_norm or float("inf")
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), limit)))
-        losses.append(float(loss.detach()))
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+    with native_ops(model) if as_ours else nullcontext():
+        for step in range(steps):
+            order = permutation(len(one.rows), one.seed, step // per_epoch)
+            first = step % per_epoch * training.batch_size
+            batch = [encoder.encode(one.rows[index]) for index in order[first : first + training.batch_size]]
+            length = max(len(row.input_ids) for row in batch)
+            length += -length % training.pad_to_multiple_of
+            ids = torch.zeros(len(batch), length, dtype=torch.int64)
+            attention = torch.zeros(len(batch), length, dtype=torch.int64)
+            wanted = torch.zeros(len(batch), length, dtype=torch.bool)
+            for place, row in enumerate(batch):
+                ids[place, : len(row.input_ids)] = torch.tensor(row.input_ids)
+                attention[place, : len(row.input_ids)] = 1
+                wanted[place, : len(row.input_ids)] = torch.tensor(row.response_mask)
+            logits = model(input_ids=ids, attention_mask=None if as_ours else attention, use_cache=False).logits
+            each = F.cross_entropy(logits[:, :-1][wanted[:, 1:]], ids[:, 1:][wanted[:, 1:]], reduction="none")
+            loss = each.sum() / len(each)
+            loss.backward()
+            limit = training.max_gradient_norm or float("inf")
+            norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), limit)))
+            losses.append(float(loss.detach()))
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
     return losses, norms, {name.replace(".default.", "."): p.detach() for name, p in trained.items()}
 
 
@@ -145,7 +140,7 @@ def test_equals_a_plain_loop_in_float32_to_the_bit(schedule: str, zero_stage: in
     base = tiny_base(plain_head=False)
     one = spec(schedule=schedule, warmup_ratio=0.2)
     _, (sink,) = train(base, one, zero_stage=zero_stage)
-    assert_same_training(sink, plain_loop(base, one, lora_dtype=torch.float32, masked=False), relative=0.0, adapter=0.0)
+    assert_same_training(sink, plain_loop(base, one, lora_dtype=torch.float32, as_ours=True), relative=0.0, adapter=0.0)
 
 
 def test_equals_a_plain_loop_in_float32_with_the_chunked_loss() -> None:
@@ -208,7 +203,7 @@ def test_clipping_acts(zero_stage: int) -> None:
         one = spec(max_gradient_norm=limit, max_steps=4)
         _, (sink,) = train(base, one, zero_stage=zero_stage)
         assert_same_training(
-            sink, plain_loop(base, one, lora_dtype=torch.float32, masked=False), relative=0.0, adapter=0.0
+            sink, plain_loop(base, one, lora_dtype=torch.float32, as_ours=True), relative=0.0, adapter=0.0
         )
         adapters.append(adapter_of(sink))
     assert any(not torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])

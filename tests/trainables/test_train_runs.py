@@ -147,7 +147,8 @@ def test_rows_steps_and_epochs_are_counted() -> None:
     assert result.train_loss_last_epoch == pytest.approx(weighted, rel=1e-12)
     assert [row.learning_rate for row in sink.rows] == pytest.approx([0.01 * (1 - step / 6) for step in range(6)])
     assert sink.phases[-1] == ("train", 6, 6)
-    assert len(sink.lines) == 6
+    assert [line.split()[:2] for line in sink.lines[1:]] == [["step", f"{step}/6"] for step in range(1, 7)]
+    assert "14 LoRA modules, 5 of 5 norms, 2 of 2 rotary embeddings" in sink.lines[0]
 
 
 @pytest.mark.parametrize(
