@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.results import Results
+from engine.judge_costs import judge_costs
 from engine.prepare import Cost, Prepared
 from engine.run import pending_jobs, pending_judge_tasks
 from engine.smoke import WHAT
@@ -73,7 +74,9 @@ def plan_table(prepared: Prepared) -> Table:
         table.add_row(Text(entry.label), entry.run_id, _done(done), *numbers)
     table.add_section()
     table.add_row("all", "", "", *_numbers(total_cost(prepared)))
-    notes = ["judgements by rule cost nothing"]
+    tasks = [task for task in prepared.judge_tasks.values() if task.id in unjudged]
+    asked = judge_costs(tasks, prepared.jobs.values(), prepared.sweep.endpoints)
+    notes = [cost.describe() for cost in asked] or ["judgements by rule cost nothing"]
     if prepared.only is not None:
         notes.append(f"{prepared.num_runs - prepared.num_asked} of {prepared.num_runs} runs not asked for (--only)")
     if prepared.smoke:
