@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from analysis.judges import Request
 from engine.endpoints import EndpointConfig
 
+CHARACTERS_PER_TOKEN = 3.0  # fewer than in usual English text: an estimate that is too high is given back
 BURST_S = 1.0
 """What a second allows may go out at once: a server's own limits are kept over shorter times than a minute, too."""
 
@@ -23,6 +25,12 @@ class Estimate:
     @property
     def num_tokens(self) -> int:
         return self.num_prompt_tokens + self.num_completion_tokens
+
+
+def estimate(request: Request) -> Estimate:
+    """What a request takes at most, by the length of its text."""
+    characters = sum(len(content) for _, content in request.messages)
+    return Estimate(math.ceil(characters / CHARACTERS_PER_TOKEN) + 8 * len(request.messages), request.max_tokens)
 
 
 @dataclass(frozen=True)

@@ -328,7 +328,8 @@ def gc(
     for item in garbage:
         console.print(Text(f"{item.num_bytes / 1e6:10.2f} MB  {item.key}  ({item.reason})"), soft_wrap=True)
     for path in left_overs:
-        console.print(Text(f"{'':>13}  {path.relative_to(opened.root)}  (left over by a process that was killed)"), soft_wrap=True)
+        place = path.relative_to(opened.root)
+        console.print(Text(f"{'':>13}  {place}  (left over by a process that was killed)"), soft_wrap=True)
     total = sum(item.num_bytes for item in garbage)
     if delete:
         for item in garbage:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from analysis.judges import BaseMetric, Item
 from analysis.judges.local import LocalMetric
 from analysis.judges.openai import OpenaiMetric
+from engine.budget import estimate
 from engine.endpoints import EndpointConfig
-from engine.openai_asker import estimate
 from engine.tasks import Job, JudgeTask, RunJob, SampleTask
 
 CHARACTERS_PER_ANSWER_TOKEN = 5  # more than in usual English text: an answer is taken to be as long as it may be

@@ -16,14 +16,13 @@ from typing import Any, Protocol
 from openai import APIConnectionError, APIError, APIStatusError, APITimeoutError, AsyncOpenAI
 
 from analysis.judges import Reply, Request
-from engine.budget import Estimate, Grant
+from engine.budget import Estimate, Grant, estimate
 from engine.concurrency import AdaptiveConcurrency
 from engine.endpoints import EndpointConfig
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 LONGEST_RETRY_AFTER_S = 600.0
-CHARACTERS_PER_TOKEN = 3.0  # fewer than in usual English text: an estimate that is too high is given back
 _HIDDEN = "[key]"
 _DECLINED = frozenset({"content_filter", "content_policy_violation", "context_length_exceeded"})
 _NO_MONEY = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
@@ -57,12 +56,6 @@ class _Trouble:
     wait_s: float | None = None  # what the server asked for
     declined: bool = False  # it will never answer this request
     closed: bool = False  # it will not answer any request
-
-
-def estimate(request: Request) -> Estimate:
-    """What a request takes at most, by the length of its text."""
-    characters = sum(len(content) for _, content in request.messages)
-    return Estimate(math.ceil(characters / CHARACTERS_PER_TOKEN) + 8 * len(request.messages), request.max_tokens)
 
 
 class OpenAIAsker:

@@ -184,8 +184,8 @@ class Cell(Config):
 
 
 class SweepFile(Config):
-    """The top level of the file. ``base``, ``data``, ``training`` and ``evaluation`` hold for every run; they are checked
-    after merging, so a block of ``runs`` may complete or change any part of them."""
+    """The top level of the file. ``base``, ``data``, ``training`` and ``evaluation`` hold for every run; they are
+    checked after merging, so a block of ``runs`` may complete or change any part of them."""
 
     name: Name
     """What the sweep is called: its results are in ``<results>/sweeps/<name>``."""

@@ -122,7 +122,7 @@ class _Answering:
         await asyncio.sleep(behaviour.latency_s)
         match trouble:
             case "reset":
-                writer.transport.abort()  # type: ignore[attr-defined]
+                writer.transport.abort()
                 return False
             case "429" | "429_retry_after":
                 extra = {"retry-after": f"{behaviour.retry_after_s:g}"} if trouble == "429_retry_after" else {}

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from analysis.judges import BaseMetric
 from analysis.judges.openai import OpenaiMetric
 from analysis.judges.rule import RuleMetric
 from engine.endpoints import EndpointConfig
@@ -31,8 +30,8 @@ def job() -> RunJob:
     return RunJob(id="r" * 12, label="none", base=base, train=None, samples=(sample,), losses=())
 
 
-def task(metric: BaseMetric) -> JudgeTask:
-    return JudgeTask.model_construct(id="j" * 12, sample_id="s" * 12, run_id="r" * 12, metric=metric)
+def task(metric: OpenaiMetric | RuleMetric) -> JudgeTask:
+    return JudgeTask(id="j" * 12, sample_id="s" * 12, run_id="r" * 12, metric=metric)
 
 
 def test_calls_tokens_and_dollars_by_hand() -> None:

