@@ -149,7 +149,9 @@ def _processor() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}"
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+    ]
     return f"{os.cpu_count()} cores of {names[0]}" if names else platform.processor()
 
 

@@ -126,7 +126,7 @@ def ours(
     return Contender(Stepper(name, work), losses)
 
 
-def _peft_model(setting: Setting) -> Any:
+def peft_model(setting: Setting) -> Any:
     """The base with PEFT's adapter on it, at our initial values."""
     from peft import LoraConfig, get_peft_model
 
@@ -167,7 +167,7 @@ def plain(setting: Setting) -> Contender:
     training = setting.training
 
     def work(pause: Pause) -> None:
-        model = _peft_model(setting)
+        model = peft_model(setting)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
         scheduler = get_scheduler(training.schedule, optimizer, 0, setting.num_steps)
@@ -232,7 +232,7 @@ def hugging_face_trainer(setting: Setting) -> Contender:
             )
             pad_id = setting.base.tokenizer.pad_token_id
             trainer = Trainer(
-                model=_peft_model(setting),
+                model=peft_model(setting),
                 args=arguments,
                 train_dataset=[row for batch in setting.batches() for rows in batch for row in rows],
                 data_collator=lambda rows: collate(rows, pad_id),

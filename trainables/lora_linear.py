@@ -4,10 +4,10 @@ Legend: m positions (all dimensions but the last, flattened), i inputs, o output
 
     y_mo = x_mi W_oi^T + bias_o + s (x_mi A_ri^T) B_or^T
 
-PEFT's own forward pass multiplies the low-rank part by s and adds it to the rest in two operations of the size of y,
-and as many again in the backward pass, which do nothing but move memory. Here the matrix product that makes the
-low-rank part adds it itself, and s goes to products of size [m, r] and [o, r]. PEFT's modules stay where they are and
-own the parameters; only the arithmetic of the forward pass of a training is another one.
+PEFT's own forward pass multiplies the low-rank part by s and adds it to the rest in two operations of the size of y, as
+many again follow in the backward pass, and there the two gradients of x are added once more: operations that do nothing
+but move memory. Here the matrix products that make the low-rank parts add them where they belong, and s goes to products
+of size [m, r]. PEFT's modules stay where they are and own the parameters; only the arithmetic of a training is another.
 """
 
 from __future__ import annotations
@@ -20,6 +20,47 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
 
+class _LoraProduct(torch.autograd.Function):
+    """y [..., o] of ``inputs`` [..., i], with a frozen weight and bias; everything of one dtype.
+
+    ``dropped``: what the low-rank part is made of in place of ``inputs`` (dropout), of the same shape, or None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: torch.Tensor,
+        dropped: torch.Tensor | None,
+        weight_oi: torch.Tensor,
+        bias_o: torch.Tensor | None,
+        a_ri: torch.Tensor,
+        b_or: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        x_mi = inputs.flatten(0, -2)
+        low_mi = x_mi if dropped is None else dropped.flatten(0, -2)
+        scaled_mr = torch.mm(low_mi, a_ri.t()).mul_(scaling)
+        y_mo = F.linear(x_mi, weight_oi, bias_o).addmm_(scaled_mr, b_or.t())
+        ctx.save_for_backward(low_mi, weight_oi, a_ri, b_or, scaled_mr)
+        ctx.scaling, ctx.shape, ctx.is_dropped = scaling, inputs.shape, dropped is not None
+        return y_mo.view(*inputs.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        low_mi, weight_oi, a_ri, b_or, scaled_mr = ctx.saved_tensors
+        g_mo = upstream[0].flatten(0, -2)
+        g_mr = torch.mm(g_mo, b_or).mul_(ctx.scaling)
+        for_inputs = for_dropped = None
+        if ctx.needs_input_grad[0]:
+            for_inputs = torch.mm(g_mo, weight_oi)
+            if not ctx.is_dropped:
+                for_inputs.addmm_(g_mr, a_ri)
+            for_inputs = for_inputs.view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            for_dropped = torch.mm(g_mr, a_ri).view(ctx.shape)
+        return for_inputs, for_dropped, None, None, torch.mm(g_mr.t(), low_mi), torch.mm(g_mo.t(), scaled_mr), None
+
+
 class LoraLinear(PeftLinear):  # type: ignore[misc]
     """PEFT's ``lora.Linear`` with another forward pass for a training; everything else is PEFT's."""
 
@@ -28,13 +69,19 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
         if name is None:
             result: torch.Tensor = super().forward(x, *args, **kwargs)
             return result
-        a_ri, b_or = self.lora_A[name].weight, self.lora_B[name].weight
-        x_mi = x.flatten(0, -2)
-        base_mo = F.linear(x_mi, self.base_layer.weight, self.base_layer.bias)
-        # a float32 adapter over bfloat16 weights acts in float32 and the sum is rounded once, as PEFT does it
-        low_mr = F.linear(self.lora_dropout[name](x.to(a_ri.dtype)).flatten(0, -2), a_ri)
-        sum_mo = torch.addmm(base_mo.to(a_ri.dtype), low_mr, b_or.t(), alpha=self.scaling[name])
-        return sum_mo.to(base_mo.dtype).unflatten(0, x.shape[:-1])
+        weight_oi, bias_o = self.base_layer.weight, self.base_layer.bias
+        a_ri, b_or, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        dropped = self.lora_dropout[name](x.to(a_ri.dtype))
+        if x.dtype == weight_oi.dtype == a_ri.dtype == b_or.dtype:
+            product: torch.Tensor = _LoraProduct.apply(
+                x, None if dropped is x else dropped, weight_oi, bias_o, a_ri, b_or, scaling
+            )
+            return product
+        # A float32 adapter over bfloat16 weights acts in float32 and the sum is rounded once, as PEFT does it.
+        base_mo = F.linear(x.flatten(0, -2), weight_oi, bias_o)
+        low_mr = F.linear(dropped.flatten(0, -2), a_ri)
+        sum_mo = torch.addmm(base_mo.to(a_ri.dtype), low_mr, b_or.t(), alpha=scaling)
+        return sum_mo.to(base_mo.dtype).view(*x.shape[:-1], -1)
 
     def _plain_adapter(self) -> str | None:
         """The one active adapter, if it is trained, is LoRA without further parts, and nothing is hooked; else None."""
@@ -45,12 +92,15 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
         parts = (self.base_layer, self.lora_A[name], self.lora_B[name])
         plain = all(type(part) is nn.Linear and not _is_hooked(part) for part in parts)
         trained = all(part.weight.requires_grad and part.bias is None for part in parts[1:])
-        return name if plain and trained else None
+        frozen = not any(parameter.requires_grad for parameter in self.base_layer.parameters())
+        return name if plain and trained and frozen else None
 
 
 def _is_hooked(module: nn.Module) -> bool:
     """Whether something wants to see calls of the module (ZeRO stage 3 gathers weights so), or has replaced them."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module))
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
+    )
 
 
 def use_lora_linear(model: nn.Module) -> int:

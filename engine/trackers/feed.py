@@ -26,8 +26,9 @@ from engine.trackers.exports import Ledger, final_metrics, is_complete, is_evalu
 from trainables.rows import TrainingRow
 
 RETRY_AFTER_S = 60.0  # a tracker that failed is left alone for so long
+QUICK_S = 5.0  # a refusal within so long is about one run; a tracker that is slow to fail would hold up all others
 LOOK_EVERY_S = 2.0  # whether the answers of a run that is done have been judged
-PATIENCE_S = 180.0  # a tracker that gets nothing done for so long is not waited for at the end
+PATIENCE_S = 90.0  # a tracker that gets nothing done for so long is not waited for at the end
 
 Action: TypeAlias = Callable[[Tracker], None]
 
@@ -120,7 +121,7 @@ class TrackerThread:
         now = time.time()
         for run_id in dict.fromkeys(row.train_id for row in rows):
             of_run = [row for row in rows if row.train_id == run_id]
-            self._put(partial(self._try, partial(self._log, self.runs[run_id], of_run, now)))
+            self._put(partial(self._try, run_id, partial(self._log, self.runs[run_id], of_run, now)))
 
     def finish_when_judged(self, run: TrackedRun) -> None:
         """The run's job is done."""
@@ -128,7 +129,7 @@ class TrackerThread:
 
     def fail(self, run: TrackedRun, reason: str) -> None:
         """The run's job failed."""
-        self._put(partial(self._try, partial(self._fail, run, reason)))
+        self._put(partial(self._try, run.id, partial(self._fail, run, reason)))
 
     def settle(self, done: Sequence[TrackedRun]) -> None:
         """Give the tracker those of the runs that it does not have as they are now."""
@@ -183,12 +184,12 @@ class TrackerThread:
                 break
             item()
             for run in [run for run in self.waiting.values() if is_complete(self.store, run)]:
-                self._try(partial(self._finish, run))
-            self.last_active = time.monotonic()
+                self._try(run.id, partial(self._finish, run))
         if self.tracker is not None:
-            self._try(lambda tracker: tracker.close())
+            self._try(None, lambda tracker: tracker.close())
 
-    def _try(self, action: Action) -> None:
+    def _try(self, run_id: str | None, action: Action) -> None:
+        """Do something for a run (None: for no run in particular), unless the tracker is left alone just now."""
         if time.monotonic() < self.closed_until:
             return
         try:
@@ -196,9 +197,10 @@ class TrackerThread:
                 self.tracker = self.config.make(self.place)
             action(self.tracker)
         except Exception as error:  # noqa: BLE001  whatever a tracker raises must not reach the sweep; it is said
-            self._leave_alone(error)
+            self._leave_alone(error, run_id)
+        self.last_active = time.monotonic()
 
-    def _leave_alone(self, error: Exception) -> None:
+    def _leave_alone(self, error: Exception, run_id: str | None) -> None:
         if self.tracker is not None:
             with suppress(Exception):  # what is wrong with it is said below
                 self.tracker.close()
@@ -208,14 +210,16 @@ class TrackerThread:
         if not self.has_failed:
             self.has_failed = True
             lines = without_secrets(f"{type(error).__name__}: {error}", os.environ).strip().splitlines()
-            self.say(f"{self.name} failed and is left out for now; the sweep goes on. {lines[0][:500]}")
+            where = f" at {self.runs[run_id].label!r}" if run_id is not None else ""
+            self.say(f"{self.name} failed{where} and is left out for now; the sweep goes on. {lines[0][:300]}")
 
     def _settle(self, done: Sequence[TrackedRun]) -> None:
-        """One more try for a tracker that failed; what else it shows is put in order by opening it."""
-        self.closed_until = 0.0
-        self._try(_open)
+        self._try(None, _open)  # which puts in order what else it shows
         for run in self._missing(done):
-            self._try(partial(self._finish, run))
+            began, before = time.monotonic(), self.closed_until
+            self._try(run.id, partial(self._finish, run))
+            if self.closed_until != before and time.monotonic() - began < QUICK_S:
+                self.closed_until = 0.0
 
     def _fail(self, run: TrackedRun, reason: str, tracker: Tracker) -> None:
         self._log(run, training_rows(self.store, run.id), time.time(), tracker)

@@ -29,7 +29,8 @@ KEY = "WANDB_API_KEY"
 SERVER = "WANDB_BASE_URL"
 MODES = ("online", "offline", "disabled")
 PROJECT = "shiftgrad"
-FINISH_TIMEOUT_S = 120.0
+INIT_TIMEOUT_S = 45.0
+FINISH_TIMEOUT_S = 60.0
 INTERRUPTED = 255  # exit status of a run that was stopped, as W&B itself has it for Ctrl-C
 _SECRET = re.compile(r"key|token|password|secret", re.IGNORECASE)
 
@@ -146,6 +147,7 @@ class WandbTracker:
                 x_disable_meta=True,
                 x_disable_machine_info=True,
                 x_save_requirements=False,
+                init_timeout=INIT_TIMEOUT_S,
                 finish_timeout=FINISH_TIMEOUT_S,
                 finish_timeout_raises=True,
             ),

@@ -32,6 +32,7 @@ class Notes:
         self.metrics: dict[str, Mapping[str, float]] = {}
         self.state: dict[str, str] = {}
         self.fail_in: set[str] = set()
+        self.refused: str | None = None  # label of a run
         self.open: set[str] = set()
         self.num_made = 0
 
@@ -44,6 +45,8 @@ class Notes:
     def begin(self, run: TrackedRun) -> int:
         self._maybe_fail("begin")
         assert run.id not in self.open
+        if run.label == self.refused:
+            raise ValueError("that run was deleted")
         self.open.add(run.id)
         self.state[run.label] = "running"
         return max(self.steps.setdefault(run.label, []), default=0)
@@ -254,18 +257,39 @@ def test_a_tracker_that_fails_is_said_once_and_made_good_later(sweep: TinySweep,
         feed.done(tracked.run_ids[label])
     feed.settle()
     first, last = tracked.said
-    assert first.startswith("notes failed and is left out for now; the sweep goes on. ConnectionError: no answer from")
+    said = "and is left out for now; the sweep goes on. ConnectionError: no answer from"
+    assert first.startswith(f"notes failed at 'none' {said}")
     assert "hunter22" not in first
     assert "\n" not in first
-    num_missing = 2 if what == "log" else 3  # the base has no steps
-    wanted = f"notes: {num_missing} runs are not complete there; the next run of this sweep sends what is missing"
-    assert last == wanted
+    assert last == "notes: 3 runs are not complete there; the next run of this sweep sends what is missing"
     notes.fail_in = set()
     again = tracked.feed()
     again.settle()
     assert len(tracked.said) == 2
     assert notes.steps == {"base": []} | {label: ALL for label in RUNS}
     assert set(notes.state.values()) == {"finished"}
+
+
+def test_a_run_that_a_tracker_refuses_holds_up_no_other(sweep: TinySweep, notes: Notes) -> None:
+    tracked = finished(sweep.prepare())
+    notes.refused = "base"  # the first to be given
+    tracked.feed().settle()
+    assert tracked.said == [
+        "notes failed at 'base' and is left out for now; the sweep goes on. ValueError: that run was deleted",
+        "notes: 1 run is not complete there; the next run of this sweep sends what is missing",
+    ]
+    assert notes.state == {"none": "finished", PPS: "finished"}
+
+
+def test_a_tracker_that_is_slow_to_fail_is_not_asked_again_at_once(
+    sweep: TinySweep, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.trackers.feed, "QUICK_S", 0.0)
+    tracked = finished(sweep.prepare())
+    notes.refused = "base"
+    tracked.feed().settle()
+    assert notes.state == {}
+    assert "3 runs are not complete there" in tracked.said[1]
 
 
 def test_a_tracker_that_failed_is_tried_again_and_says_that_it_works(

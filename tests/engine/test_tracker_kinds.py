@@ -276,7 +276,7 @@ def test_a_wandb_server_that_is_out_of_order_is_said_once(sweep: TinySweep, serv
     feed.steps(training_rows(tracked.run_ids["none"]))
     feed.settle()
     first, last = tracked.said
-    assert first.startswith("wandb failed and is left out for now; the sweep goes on. CommError: ")
+    assert first.startswith("wandb failed at 'none' and is left out for now; the sweep goes on. CommError: ")
     assert "out of order" in first
     assert last == "wandb: 3 runs are not complete there; the next run of this sweep sends what is missing"
     served.is_broken = False

@@ -1,11 +1,10 @@
 """A training against a plain loop of PyTorch, PEFT and torch.optim.AdamW, and against itself done in other ways.
 
 Tolerances. In float64 both sides differ by rounding near 1e-14, which AdamW may enlarge where a gradient is nearly
-zero: 1e-10 is asked. In float32 with the model's own logits, no attention mask
-(padding stands on the right; with a mask the same sums are taken in another order) and norms and rotary embeddings as
-ours has them (trainables/native_ops.py), PEFT's own modules and torch's AdamW give the same numbers: equality to the
-bit. Ours adds the low-rank part of an adapter inside the matrix product, which is the same sum where alpha / rank is a
-power of two, as here.
+zero: 1e-10 is asked. In float32 with the model's own logits both sides do the same operations, if the loop has
+our modules for adapters, norms and rotary embeddings (proved against PEFT's and transformers' own elsewhere, and here
+in float64) and no attention mask (padding stands on the right; with a mask the same sums are taken in another order):
+equality to the bit.
 In float32 with our chunked loss the two cross-entropies round differently (1e-7 relative): 1e-6 relative on losses.
 """
 
@@ -29,6 +28,7 @@ from trainables.base_model import LoadedBase
 from trainables.chat_data import ChatEncoder
 from trainables.defenses import Pps
 from trainables.lora import LoraSettings, adapter_parameters, add_adapter, linear_module_names
+from trainables.lora_linear import use_lora_linear
 from trainables.native_ops import native_ops
 from trainables.randomness import permutation
 from trainables.train import RunSpec, num_optimizer_steps
@@ -44,7 +44,8 @@ def plain_loop(
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Losses, gradient norms before clipping, and the final adapter as PEFT names it.
 
-    ``as_ours``: norms and rotary embeddings of ours, and no attention mask; else the model as transformers has it.
+    ``as_ours``: adapters, norms and rotary embeddings computed by ours, no attention mask; else by PEFT's and
+    transformers' own modules.
     """
     training = one.training
     start = adapter_parameters(add_adapter(base.fresh(), "default", training.lora, one.seed), "default")
@@ -63,6 +64,8 @@ def plain_loop(
     steps = num_optimizer_steps(len(one.rows), training)
     warmup = int(training.warmup_ratio * steps)
     scheduler = get_scheduler(training.schedule, optimizer, warmup, steps)
+    if as_ours:
+        use_lora_linear(model)
     if shift is not None:
         block = model.get_base_model().model.layers[shift[0] - 1]
         block.register_forward_hook(lambda *seen: seen[2] + shift[1])
