@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import os
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch is imported; as a trial has it by default
-    os.environ.setdefault(variable, "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; as a trial has it by default
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import argparse
 import json

@@ -20,7 +20,8 @@ name: overhead
 results: {results}
 base: {{model: {model}}}
 data: {{train: {root}/configs/data/bridge/on_trait.jsonl}}
-training: {{max_steps: {steps}, batch_size: 8, micro_batch_size: 2, learning_rate: 1.0e-3, lora: {{rank: 16, alpha: 32}}}}
+training:
+  {{max_steps: {steps}, batch_size: 8, micro_batch_size: 2, learning_rate: 1.0e-3, lora: {{rank: 16, alpha: 32}}}}
 runs:
   - defense: none
   - defense: {{kind: inoculation, prompts: {root}/configs/traits/bridge}}

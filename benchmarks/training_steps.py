@@ -83,6 +83,7 @@ class _PausingSink:
     def log(self, message: str) -> None: ...
 
     def progress(self, *, phase: str, done: int, total: int, **figures: float) -> None:
+        del phase, done, total, figures
         self.pause()  # the last that a step does
 
     def training(self, row: TrainingRow) -> None:
@@ -93,6 +94,7 @@ class _PausingSink:
     def checkpoint(self, train_id: str, folder: Path) -> None: ...
 
     def load_checkpoint(self, train_id: str) -> Path | None:
+        del train_id
         self.pause()  # the last before the first step
         return None
 
@@ -202,10 +204,10 @@ def hugging_face_trainer(setting: Setting) -> Contender:
 
     def work(pause: Pause) -> None:
         class Pausing(TrainerCallback):  # type: ignore[misc,unused-ignore]
-            def on_train_begin(self, *arguments: Any, **keywords: Any) -> None:
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
                 pause()
 
-            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **keywords: Any) -> None:
+            def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
                 if "loss" in logs:
                     losses.append(float(logs["loss"]))
                     pause()

@@ -7,10 +7,10 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator
 
-OVERLOAD_SHARE = 0.3
+OVERLOAD_SHARE = 0.5
 """Share of recent requests that the server could not take from which on it counts as overloaded. A server that turns
-away one in five at random is not: halving would slow everything down and help nothing."""
-_FEWEST_RECENT = 8
+away one in four whatever comes is not: halving again and again would slow everything down and help nothing."""
+_FEWEST_RECENT = 16
 
 
 class AdaptiveConcurrency:

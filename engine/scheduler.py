@@ -6,6 +6,7 @@ its parents are done; children of a failed job are never handed out.
 
 from __future__ import annotations
 
+import re
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import ray
 import ray.cloudpickle
 from ray import tune
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
@@ -169,25 +170,40 @@ def why_failed(trial: Trial, raised: bool) -> str | None:
 
 def _error_text(trial: Trial) -> str:
     """One line that says why a trial failed for good."""
+    text = _last_text(trial)
+    if "low on memory" in text:
+        used = re.search(r"was ([0-9.]+GB used / [0-9.]+GB limit)", text)
+        memory = f" ({used[1]})" if used is not None else ""
+        return f"out of memory: Ray killed the trial's process, as the machine's memory was full{memory}; {LESS_MEMORY}"
     error = _last_error(trial)
     if isinstance(error, RayTaskError):
         if not isinstance(error.cause, BaseException):
             return str(error).strip().splitlines()[-1]
         text = " ".join("".join(traceback.format_exception_only(error.cause)).split())
         return f"out of memory: {text}; {LESS_MEMORY}" if is_out_of_memory(error.cause) else text
-    if isinstance(error, OutOfMemoryError) or (isinstance(error, RayActorError) and "low on memory" in str(error)):
-        return f"out of memory: Ray killed the trial's process when the machine's memory was nearly full; {LESS_MEMORY}"
     if isinstance(error, RayActorError):
         times = trial.run_metadata.num_failures
         return (
             f"the trial's process died {times} time{'s' if times != 1 else ''}: killed from outside (by the kernel if "
             f"memory ran out: then {LESS_MEMORY}), or a crash"
         )
-    return str(error) if error is not None else "the trial failed without a message"
+    return next(iter(text.splitlines()), "the trial failed without a message")
+
+
+def _last_text(trial: Trial) -> str:
+    """What Tune has written about the last attempt, of any kind of error; empty if nothing."""
+    path = trial.error_file
+    if path is None or not Path(path).exists():
+        return ""
+    _, _, last = Path(path).read_text(errors="replace").rpartition("Failure # ")
+    return last.partition("\n")[2].strip()  # after the heading with number and time
 
 
 def _last_error(trial: Trial) -> BaseException | None:
-    """The error of the last attempt, from Tune's staging folder: its storage may not have it yet."""
+    """The error of the last attempt, from Tune's staging folder: its storage may not have it yet.
+
+    Tune keeps those of tasks and actors alone.
+    """
     path = trial.pickled_error_file
     if path is None or not Path(path).exists():
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -51,8 +52,13 @@ class Stoppable:
     ) -> None:
         for signum, before in self._before.items():
             signal.signal(signum, before)
-        if kind is KeyboardInterrupt and self._signum is not None and not self._told:
-            raise Stopped(self._signum) from None  # Ray makes a plain one of what is raised while it waits
+        if self._signum is None or self._told:
+            return
+        # Ray makes a plain interrupt of what is raised while it waits; and what is printed on the way out to a terminal
+        # that is gone is an error of its own
+        gone = self._signum == signal.SIGHUP and isinstance(error, OSError) and error.errno == errno.EIO
+        if kind is KeyboardInterrupt or gone:
+            raise Stopped(self._signum) from None
 
     def stop(self) -> None:
         """From any thread: raise KeyboardInterrupt in the driver's.

@@ -26,7 +26,7 @@ from trainables.sample import SamplingConfig
 from trainables.train import TrainingConfig
 
 VECTOR_SEMANTICS = 1
-TRAIN_SEMANTICS = 1
+TRAIN_SEMANTICS = 2  # 2: rows of a step are cut into micro-batches by length, which deals out dropout masks anew
 SAMPLE_SEMANTICS = 1
 LOSS_SEMANTICS = 1
 

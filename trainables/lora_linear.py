@@ -4,10 +4,10 @@ Legend: m positions (all dimensions but the last, flattened), i inputs, o output
 
     y_mo = x_mi W_oi^T + bias_o + s (x_mi A_ri^T) B_or^T
 
-PEFT's own forward pass multiplies the low-rank part by s and adds it to the rest in two operations of the size of y, as
-many again follow in the backward pass, and there the two gradients of x are added once more: operations that do nothing
-but move memory. Here the matrix products that make the low-rank parts add them where they belong, and s goes to products
-of size [m, r]. PEFT's modules stay where they are and own the parameters; only the arithmetic of a training is another.
+PEFT's own forward pass multiplies the low-rank part by s and adds it to the rest in two operations of the size of y,
+as many again follow in the backward pass, and there the two gradients of x are added once more: operations that do
+nothing but move memory. Here the matrix products that make the low-rank parts add them where they belong, and s goes to
+products of size [m, r]. PEFT's modules stay where they are and own the parameters; only the arithmetic is another.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _LoraProduct(torch.autograd.Function):
         return for_inputs, for_dropped, None, None, torch.mm(g_mr.t(), low_mi), torch.mm(g_mo.t(), scaled_mr), None
 
 
-class LoraLinear(PeftLinear):  # type: ignore[misc]
+class LoraLinear(PeftLinear):  # type: ignore[misc,unused-ignore]
     """PEFT's ``lora.Linear`` with another forward pass for a training; everything else is PEFT's."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -98,9 +98,8 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
 
 def _is_hooked(module: nn.Module) -> bool:
     """Whether something wants to see calls of the module (ZeRO stage 3 gathers weights so), or has replaced them."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
-    )
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def use_lora_linear(model: nn.Module) -> int:

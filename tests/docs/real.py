@@ -1,6 +1,6 @@
 """``shiftgrad`` with real trainings as short as those of ``--smoke``, in the store that the page names.
 
-    python -m tests.docs.real NAME ARGUMENTS...
+python -m tests.docs.real NAME ARGUMENTS...
 """
 
 from __future__ import annotations

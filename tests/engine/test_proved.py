@@ -87,7 +87,7 @@ def test_other_code_proves_anew(
 ) -> None:
     kept(sweep, sweep.prepare())
     if part == "version":
-        monkeypatch.setattr(engine.proved.importlib.metadata, "version", lambda name: f"another {name}")
+        monkeypatch.setattr("importlib.metadata.version", lambda name: f"another {name}")
     else:
         changed = tmp_path / "changed.py"
         module = getattr(engine.proved, part)

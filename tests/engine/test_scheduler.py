@@ -1,14 +1,21 @@
-"""The order in which jobs are handed to Tune, without Ray."""
+"""The order in which jobs are handed to Tune, and what is said of those that fail, without Ray."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import ray.cloudpickle
+import torch
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.tune.error import TuneError
 from ray.tune.search import Searcher
 
-from engine.scheduler import _GraphSearcher
+from engine.scheduler import LESS_MEMORY, _GraphSearcher, why_failed
 from engine.tasks import FileRecipe, VectorJob
 
 
@@ -74,3 +81,60 @@ def test_a_searcher_pickles_without_what_it_holds() -> None:
     graph, _ = searcher(job("a"))
     graph.watcher = lambda: None  # type: ignore[assignment]  # cannot be pickled
     pickle.dumps(graph)
+
+
+class _Trial:
+    """What is read of a Tune trial that failed for good: the files in which Tune keeps what was raised."""
+
+    def __init__(self, folder: Path, *errors: Exception) -> None:
+        self.error_file, self.pickled_error_file = str(folder / "error.txt"), None
+        for number, error in enumerate(errors, start=1):
+            with open(self.error_file, "a") as file:
+                file.write(f"Failure # {number} (occurred at noon)\n{error}\n")
+            if isinstance(error, RayTaskError | RayActorError):
+                self.pickled_error_file = str(folder / "error.pkl")
+                Path(self.pickled_error_file).write_bytes(ray.cloudpickle.dumps(error))
+        self.run_metadata = SimpleNamespace(num_failures=len(errors))
+
+
+def raised(cause: Exception) -> RayTaskError:
+    return RayTaskError("train", f"Traceback (most recent call last):\n{type(cause).__name__}: {cause}", cause)
+
+
+RAY_WAS_OUT_OF_MEMORY = OutOfMemoryError(
+    "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 192.0.2.2, ID: 8ef9) was "
+    "4.35GB used / 4.54GB limit (0.96)\nTop 10 memory users: ..."
+)
+
+
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [
+        ([raised(ValueError("no\nluck"))], "ValueError: no luck"),
+        ([raised(MemoryError("4 GB"))], f"out of memory: MemoryError: 4 GB; {LESS_MEMORY}"),
+        (
+            [raised(torch.OutOfMemoryError("CUDA out of memory."))],
+            f"out of memory: torch.OutOfMemoryError: CUDA out of memory.; {LESS_MEMORY}",
+        ),
+        (
+            [raised(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."))],
+            "out of memory: RuntimeError: DefaultCPUAllocator: can't allocate memory: "
+            f"you tried to allocate 9 bytes.; {LESS_MEMORY}",
+        ),
+        (
+            [raised(ValueError("before")), RAY_WAS_OUT_OF_MEMORY],
+            "out of memory: Ray killed the trial's process, as the machine's memory was full "
+            f"(4.35GB used / 4.54GB limit); {LESS_MEMORY}",
+        ),
+        (
+            [ActorDiedError(), ActorDiedError()],
+            "the trial's process died 2 times: killed from outside (by the kernel if memory ran out: "
+            f"then {LESS_MEMORY}), or a crash",
+        ),
+        ([TuneError("the placement group was removed\nby hand")], "the placement group was removed"),
+    ],
+    ids=["any", "python", "gpu", "cpu", "ray's monitor", "killed", "tune"],
+)
+def test_why_a_trial_failed_is_said_on_one_line(tmp_path: Path, errors: list[Exception], said: str) -> None:
+    trial: Any = _Trial(tmp_path, *errors)
+    assert why_failed(trial, raised=True) == said

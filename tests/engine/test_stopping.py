@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -63,6 +64,19 @@ def test_a_signal_that_ray_has_made_a_plain_interrupt_keeps_its_status() -> None
     with pytest.raises(Stopped) as caught, Stoppable():
         work_in_ray(then_signal=signal.SIGTERM)
     assert exit_status(caught.value) == 143
+
+
+def work_in_a_terminal_that_is_closed() -> None:
+    try:
+        work(then_signal=signal.SIGHUP)
+    finally:
+        raise OSError(errno.EIO, "Input/output error")  # what a progress bar says of its end
+
+
+def test_a_lost_terminal_keeps_its_status_whatever_is_printed_to_it() -> None:
+    with pytest.raises(Stopped) as caught, Stoppable():
+        work_in_a_terminal_that_is_closed()
+    assert exit_status(caught.value) == 129
 
 
 def test_a_driver_that_ignores_ctrl_c_is_stopped_from_another_thread() -> None:

@@ -32,10 +32,10 @@ GOLDEN = {
     "vector bridge": "102401825a7e",
     "vector random": "ef0261234cb0",
     "base": "855b9d3bd493",
-    "none": "62cdf79dca3b",
-    "pps bridge L20 x1.5": "0ba43a0592cf",
-    "pps random L20 x1.5": "87e1008dbdf2",
-    "inoculation bridge": "792778c17ebf",
+    "none": "b4137c2e413e",
+    "pps bridge L20 x1.5": "885b2bd6539d",
+    "pps random L20 x1.5": "daf172906b0e",
+    "inoculation bridge": "ade974353f7a",
 }
 GOLDEN_OF_BASE = {
     "sample": "ab890bbe8b37",

@@ -87,7 +87,7 @@ def test_a_bfloat16_base_keeps_float32_adapters() -> None:
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["linear"])
     parent = nn.Sequential()
     parent.add_module("linear", nn.Linear(64, 48, dtype=torch.bfloat16).requires_grad_(False))
-    model: Any = get_peft_model(parent, config)  # type: ignore[arg-type]
+    model: Any = get_peft_model(parent, config)  # type: ignore[arg-type,unused-ignore]
     nn.init.normal_(model.base_model.model.linear.lora_B["default"].weight)
     reference = copy.deepcopy(model)
     assert use_lora_linear(model) == 1

@@ -42,7 +42,7 @@ def loss_and_gradient(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torc
 
 @pytest.mark.parametrize("kind", list(REPLACED))
 def test_every_kind_of_model_computes_the_same(kind: ModelKind, random_ids: torch.Tensor) -> None:
-    model = tiny_model(kind, num_layers=2, dtype=torch.float64).requires_grad_(False)
+    model: Any = tiny_model(kind, num_layers=2, dtype=torch.float64).requires_grad_(False)
     generator = torch.Generator().manual_seed(5)
     for module in model.modules():  # all ones (zeros in Gemma) at first: a scale that is left out would not be seen
         if type(module).__name__.endswith("Norm"):
