@@ -123,9 +123,7 @@ class JudgePool:
         self.submitted: set[str] = set()
         self.judged: dict[str, Judged] = {}
         self._actors: dict[Group, list[Any]] = {}
-        self._seat: dict[
-            tuple[Group, str], Any
-        ] = {}  # metrics that ask the same share replies
+        self._seat: dict[tuple[Group, str], Any] = {}  # metrics that ask the same share replies
 
     def start(self) -> None:
         """Start the processes that the tasks need, and wait until they are up; without it each starts when needed."""
