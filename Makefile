@@ -8,6 +8,9 @@ SHELL := /bin/bash
 # The variable silences what the theme says of its maintainers' next project. Not --quiet: with it mkdocs does not count
 # warnings, and --strict lets them pass.
 BUILD_SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+# Two processes, as every test computes on one thread; a file stays in one of them, with the fixtures that it makes once.
+# The slow tier starts trials of its own beside each other, so it runs test by test.
+FAST_TESTS := $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 .PHONY: help install quickstart test test-all check docs format clean
 
 help:
@@ -34,10 +37,11 @@ quickstart: $(STAMP)
 	$(BIN)/shiftgrad run configs/sweeps/quickstart.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(FAST_TESTS)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest
+	$(FAST_TESTS)
+	$(BIN)/python -m pytest -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.results import Results
+from engine.graph import Cost
 from engine.judge_costs import judge_costs
-from engine.prepare import Cost, Prepared
+from engine.prepare import Prepared
 from engine.run import pending_jobs, pending_judge_tasks
 from engine.smoke import WHAT
 from engine.store import Store

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from analysis.judges import DegenerationMetric, RuleMetric
+from engine.graph import Cost
 from engine.machine import Machine
-from engine.prepare import Cost
 from engine.tasks import RunJob
 from tests.engine.tiny_prepare import TinySweep, add_long_question, tiny_model_folder, write_vector
 from tests.tiny import CHATML, tiny_tokenizer

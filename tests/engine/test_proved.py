@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-import engine.prepare
 import engine.proved
+import engine.row_proofs
 from engine.prepare import Prepared
 from engine.proved import Proved, proved_key
 from engine.run import write_sweep
@@ -38,7 +38,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[ResolvedBase]:
         calls.append(base)
         return load_tokenizer(base)
 
-    monkeypatch.setattr(engine.prepare, "load_tokenizer", load)
+    monkeypatch.setattr(engine.row_proofs, "load_tokenizer", load)
     return calls
 
 

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from analysis.results import Results, load
-from engine.prepare import Cost, Prepared
+from engine.graph import Cost
+from engine.prepare import Prepared
 from engine.show import failures_table, frame_table, plan_table, total_cost
 from engine.tasks import RunJob
 from tests.engine.finished import ANSWER, write_finished

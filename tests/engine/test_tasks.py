@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import engine.prepare
+import engine.row_proofs
 import engine.tasks
 from engine.machine import Machine
 from engine.prepare import prepare
@@ -274,7 +274,7 @@ class TestWhatChanges:
 
 def test_quickstart_keeps_its_identity(monkeypatch: pytest.MonkeyPatch) -> None:
     # which tokens the rows become is in no identity, and the real tokenizer takes seconds to convert
-    monkeypatch.setattr(engine.prepare, "load_tokenizer", lambda _: tiny_tokenizer())
+    monkeypatch.setattr(engine.row_proofs, "load_tokenizer", lambda _: tiny_tokenizer())
     prepared = prepare(QUICKSTART, [], MACHINE)
     assert {job.label: job_id for job_id, job in prepared.jobs.items()} == GOLDEN
     base = entries(prepared)["base"]

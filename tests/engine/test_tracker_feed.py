@@ -347,7 +347,8 @@ def test_the_callback_feeds_what_trials_report(sweep: TinySweep, notes: Notes) -
     ids = tracked.run_ids
 
     def trial(job: str, **last_result: Any) -> Trial:
-        return cast(Trial, SimpleNamespace(config={"job": job}, last_result=last_result, pickled_error_file=None))
+        ended = SimpleNamespace(config={"job": job}, last_result=last_result, error_file=None, pickled_error_file=None)
+        return cast(Trial, ended)
 
     for number, row in enumerate(training_rows(ids["none"])):
         result = {"job": ids["none"], "status": "running", "rows": [vars(row)]}

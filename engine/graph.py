@@ -1,0 +1,233 @@
+"""The task graph of a sweep: every sound cell becomes a run with its samples, judgements and measurements."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from analysis.judges import MetricConfig
+from analysis.manifest import RunEntry, Scalar
+from engine.lookup import Found, vector_names
+from engine.row_proofs import RowProofs, tokenizer_name
+from engine.smoke import smoke_cell, smoke_questions
+from engine.sources import Sources
+from engine.sweep_file import Cell, Sweep
+from engine.tasks import JudgeTask, LossTask, RunJob, SampleTask, TrainTask, base_run_id, resolved_defense, task_id
+from engine.vector_tasks import VectorTasks
+from trainables.base_model import ResolvedBase
+from trainables.defenses import defense_label
+from trainables.errors import Fault
+from trainables.sample import Question, SamplingConfig
+from trainables.train import num_optimizer_steps
+
+BASE = "base"  # label of the untrained base
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run takes, counted on its data; the tokens of inoculation prompts are not in it."""
+
+    num_steps: int
+    num_training_tokens: int
+    num_answers: int
+    num_judgements: int
+
+
+@dataclass(frozen=True)
+class SoundCell:
+    """A cell in which everything was found."""
+
+    index: int
+    cell: Cell
+    found: Found
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        evaluation = self.cell.evaluation
+        return SamplingConfig(**{name: getattr(evaluation, name) for name in SamplingConfig.model_fields})
+
+
+class Graph:
+    """Tasks of sound cells. ``twins``: whether two of them may be one and the same work, done once for both."""
+
+    def __init__(self, sweep: Sweep, sources: Sources, vectors: VectorTasks, *, twins: bool = False) -> None:
+        self.twins = twins
+        self.sweep = sweep
+        self.sources = sources
+        self.vectors = vectors
+        self.run_jobs: dict[str, RunJob] = {}
+        self.base_jobs: dict[str, RunJob] = {}
+        self.judge_tasks: dict[str, JudgeTask] = {}
+        self.entries: list[RunEntry] = []
+        self.base_entries: list[RunEntry] = []
+        self.base_of: dict[str, RunEntry] = {}  # by label of the run
+        self.proofs = RowProofs(sources)
+
+    def smoke(self, cells: Sequence[SoundCell]) -> Graph:
+        """The same cells cut short. Some may be equal then (where they differed in epochs): both rows stay."""
+        short = Graph(self.sweep, self.sources, self.vectors, twins=True)
+        for sound in cells:
+            found = replace(sound.found, questions=smoke_questions(sound.found.questions))
+            short.add(replace(sound, cell=smoke_cell(sound.cell), found=found))
+        short.proofs.num_tokens = self.proofs.num_tokens  # of the same data
+        return short
+
+    def rows(self, labels: frozenset[str] | None) -> tuple[RunEntry, ...]:
+        """Rows of the sweep: the runs with these labels (None: all), after the bases that belong to them."""
+        runs = [entry for entry in self.entries if labels is None or entry.label in labels]
+        bases = [self.base_of[entry.label] for entry in runs]
+        return (*(base for base in self.base_entries if base in bases), *runs)
+
+    def add(self, sound: SoundCell) -> None:
+        """Add a cell's vectors, run, samples, judgements and measurements, and those of its base."""
+        cell, base = sound.cell, sound.found.base
+        self.proofs.name_base(base, self.sweep.key(sound.index, "base", "model"))
+        ids = {name: self.vectors.add(name, base, self.proofs.must_prove) for name in vector_names(cell.defense)}
+        defense = resolved_defense(cell.defense, ids, dict(sound.found.prompts))
+        content = sound.found.train_content
+        identity = TrainTask.identity(base, cell.data, content, defense, cell.training, cell.seed)
+        train = TrainTask(
+            id=task_id(identity),
+            base=base,
+            data=cell.data,
+            train_content=content,
+            defense=defense,
+            training=cell.training,
+            seed=cell.seed,
+        )
+        data = cell.data
+        key = self.sweep.key(sound.index, "data", "train")
+        self.proofs.must_prove(base, content, data.max_length, key, data.loss_on, data.allow_truncated_away)
+        entry = self._evaluate(sound, train.id, cell.label, "run", _flat(cell, base))
+        for other in self.entries:
+            if _identity(other) == _identity(entry) and not self.twins:
+                message = f"two cells have one identity ({train.id}): {other.label!r} and {cell.label!r}"
+                self.sources.faults.append(Fault("runs", f"{message}; let them differ or remove one"))
+                return
+        self.entries.append(entry)
+        self._job(self.run_jobs, sound, train.id, cell.label, train)
+
+        base_id = base_run_id(base)
+        number = len(self.base_entries) + 1
+        label = BASE if number == 1 else f"{BASE} #{number}"
+        shared = ("base", "evaluation")
+        config = {name: value for name, value in entry.config.items() if name.partition(".")[0] in shared}
+        base_entry = self._evaluate(sound, base_id, label, "base", config)
+        # Unlike with runs, the names of metrics count: they are the columns beside which the runs are read.
+        what = (_identity(base_entry), base_entry.judge_ids)
+        known = [other for other in self.base_entries if (_identity(other), other.judge_ids) == what]
+        self.base_of[cell.label] = known[0] if known else base_entry
+        if not known:
+            self.base_entries.append(base_entry)
+            self._job(self.base_jobs, sound, base_id, label, None)
+
+    def _sample(self, run_id: str, sound: SoundCell) -> SampleTask:
+        questions, sampling = sound.found.questions, sound.sampling
+        asked = Question(questions[0].id, questions[0].text)
+        key = self.sweep.key(sound.index, "evaluation", "system_prompt")
+        self.proofs.must_render(sound.found.base, asked, sampling, key)
+        identity = task_id(SampleTask.identity(run_id, questions, sampling))
+        return SampleTask(id=identity, questions=questions, sampling=sampling)
+
+    def _loss(self, run_id: str, sound: SoundCell) -> LossTask:
+        content, max_length = sound.found.plain_answers, sound.cell.data.max_length
+        self.proofs.must_prove(sound.found.base, content, max_length, sound.found.plain_answers_key)
+        return LossTask(
+            id=task_id(LossTask.identity(run_id, content, max_length)), content=content, max_length=max_length
+        )
+
+    def _evaluate(
+        self, sound: SoundCell, run_id: str, label: str, kind: Literal["run", "base"], config: dict[str, Scalar]
+    ) -> RunEntry:
+        sample = self._sample(run_id, sound)
+        judge_ids = {name: self._judge(run_id, sample.id, metric) for name, metric in sound.found.metrics.items()}
+        return RunEntry(
+            label=label,
+            kind=kind,
+            run_id=run_id,
+            sample_id=sample.id,
+            judge_ids=judge_ids,
+            plain_loss_id=self._loss(run_id, sound).id,
+            config=config,
+            scales={name: metric.bounds for name, metric in sound.found.metrics.items()},
+        )
+
+    def _judge(self, run_id: str, sample_id: str, metric: MetricConfig) -> str:
+        judge_id = task_id(JudgeTask.identity(sample_id, metric))
+        self.judge_tasks[judge_id] = JudgeTask(id=judge_id, sample_id=sample_id, run_id=run_id, metric=metric)
+        return judge_id
+
+    def _job(self, jobs: dict[str, RunJob], sound: SoundCell, run_id: str, label: str, train: TrainTask | None) -> None:
+        """One job per run: cells that differ in their evaluation alone share the training."""
+        sample, loss = self._sample(run_id, sound), self._loss(run_id, sound)
+        known = jobs.get(run_id)
+        samples = known.samples if known else ()
+        losses = known.losses if known else ()
+        jobs[run_id] = RunJob(
+            id=run_id,
+            label=known.label if known else label,
+            base=sound.found.base,
+            train=train,
+            samples=samples if sample in samples else (*samples, sample),
+            losses=losses if loss in losses else (*losses, loss),
+        )
+
+    def costs(self) -> dict[str, Cost]:
+        """What every row of the sweep takes, by label."""
+        costs = {}
+        jobs = {**self.base_jobs, **self.run_jobs}
+        for entry in (*self.base_entries, *self.entries):
+            job = jobs[entry.run_id]
+            sample = next(sample for sample in job.samples if sample.id == entry.sample_id)
+            num_answers = len(sample.questions) * sample.sampling.samples
+            steps, tokens = self._training_cost(job.train) if job.train else (0, 0)
+            costs[entry.label] = Cost(steps, tokens, num_answers, num_answers * len(set(entry.judge_ids.values())))
+        return costs
+
+    def _training_cost(self, train: TrainTask) -> tuple[int, int]:
+        """Optimizer steps, and tokens of the rows that they take (of a part of an epoch: as many rows on average)."""
+        data, batch_size = train.data, train.training.batch_size
+        what = (
+            tokenizer_name(train.base),
+            train.train_content,
+            data.max_length,
+            data.loss_on,
+            data.allow_truncated_away,
+        )
+        num_rows, num_tokens = self.proofs.num_tokens[what]
+        steps = num_optimizer_steps(num_rows, train.training)
+        epochs, rest = divmod(steps, math.ceil(num_rows / batch_size))
+        rows_used = epochs * num_rows + min(rest * batch_size, num_rows)
+        return steps, round(num_tokens * rows_used / num_rows)
+
+
+def _identity(entry: RunEntry) -> tuple[str, str, str | None, frozenset[str]]:
+    """All that a row of the sweep rests on; its name and those of its metrics are not in it."""
+    return entry.run_id, entry.sample_id, entry.plain_loss_id, frozenset(entry.judge_ids.values())
+
+
+def _flat(cell: Cell, base: ResolvedBase) -> dict[str, Scalar]:
+    """A cell's settings with dotted names, as the columns of table ``runs``; lists and mappings as JSON.
+
+    The base's revision and dtype are those that were really used.
+    """
+    flat: dict[str, Scalar] = {"defense": defense_label(cell.defense), "seed": cell.seed}
+
+    def put(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                put(f"{prefix}.{name}", inner)
+        elif value is None or isinstance(value, (str, int, float)):
+            flat[prefix] = value
+        else:
+            flat[prefix] = json.dumps(value)
+
+    for number, item in enumerate(cell.defense):
+        put("defense" if len(cell.defense) == 1 else f"defense.{number}", item.model_dump(mode="json"))
+    put("base", {"model": cell.base.model, "revision": base.revision, "dtype": base.dtype})
+    for section in ("data", "training", "evaluation"):
+        put(section, getattr(cell, section).model_dump(mode="json"))
+    return flat
