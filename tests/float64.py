@@ -21,7 +21,9 @@ def float64_model(kind: ModelKind = "llama", *, num_layers: int = 4, hidden: int
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__.endswith("RMSNorm"):
-                norm = nn.RMSNorm(hidden, eps=child.variance_epsilon, dtype=torch.float64)
-                norm.weight = child.weight
+                eps = getattr(child, "variance_epsilon", getattr(child, "eps", None))
+                norm = nn.RMSNorm(child.weight.shape, eps=eps, dtype=torch.float64)
+                one_plus = 1.0 if type(child).__name__.startswith("Gemma") else 0.0
+                norm.weight = nn.Parameter(one_plus + child.weight.detach())
                 setattr(parent, name, norm)
     return model.requires_grad_(False).eval()

@@ -333,7 +333,7 @@ def _accumulate(
         if training.lora.dropout > 0:
             set_dropout_key(model, run.name, (run.spec.seed, run.step, index))
         rows = RunRows(
-            rows=torch.arange(part.input_ids_bt.shape[0], device=base.device),
+            rows=torch.arange(part.input_ids_bt.shape[0]),
             attention_mask=part.attention_mask_bt,
             response_mask=part.response_mask_bt,
             step=run.step + 1,
