@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from analysis.judges import BaseMetric, DegenerationMetric, MetricConfig
-from analysis.judges.openai import OpenaiMetric
+from analysis.judges import DegenerationMetric, MetricConfig
 from analysis.manifest import DEGENERATION as DEGENERATION
 from analysis.summary_columns import repeated_columns
-from engine.config_faults import nearest, show
+from engine.contents import prompt_bank, resolved_metric
 from engine.named import Named
 from engine.sources import Sources
 from engine.tasks import QuestionText
@@ -22,7 +21,7 @@ from trainables.base_model import ResolvedBase
 from trainables.chat_data import HubDataset
 from trainables.config import NamesPrompts, NamesVector, referenced
 from trainables.defenses import Item, defense_faults
-from trainables.errors import ConfigError, Fault
+from trainables.errors import Fault
 from trainables.shapes import ModelShape
 
 Key = Callable[..., str]  # path of a cell -> where it stands in the user's file
@@ -74,14 +73,11 @@ def _prompt_banks(named: Named, key: Key, sources: Sources) -> dict[str, tuple[s
         for field, bank in referenced(item, NamesPrompts).items() if item is not None else ():
             if not isinstance(bank, str):
                 continue
-            here = key("defense", position, field)
-            trait = sources.trait(bank, here)
-            if trait is not None and trait[0].inoculation_prompts:
-                banks[bank] = trait[0].inoculation_prompts
-                continue
-            sound = False
-            if trait is not None:
-                sources.faults.append(Fault(here, f"trait {bank!r} has no inoculation_prompts"))
+            texts = prompt_bank(bank, key("defense", position, field), sources)
+            if texts is None:
+                sound = False
+            else:
+                banks[bank] = texts
     return banks if sound else None
 
 
@@ -129,7 +125,7 @@ def _metrics(named: Named, key: Key, sources: Sources) -> dict[str, MetricConfig
     metrics = {
         name: resolved
         for name, metric in named.metrics.items()
-        if (resolved := _metric(metric, key("evaluation", "metrics", name), sources)) is not None
+        if (resolved := resolved_metric(metric, key("evaluation", "metrics", name), sources)) is not None
     }
     is_sound = len(metrics) == len(named.metrics)
     own = named.metrics.get(DEGENERATION)
@@ -143,24 +139,3 @@ def _metrics(named: Named, key: Key, sources: Sources) -> dict[str, MetricConfig
         sources.faults.append(Fault(key("evaluation", "metrics"), message))
         is_sound = False
     return metrics if is_sound else None
-
-
-def _metric(metric: MetricConfig, key: str, sources: Sources) -> MetricConfig | None:
-    assert isinstance(metric, BaseMetric)
-    asking = metric.asking
-    if isinstance(asking, OpenaiMetric) and asking.endpoint not in sources.endpoints:
-        field = "endpoint" if asking is metric else "otherwise.endpoint"
-        known = nearest(asking.endpoint, sources.endpoints)
-        sources.faults.append(Fault(f"{key}.{field}", f"no endpoint {show(asking.endpoint)}; {known}"))
-        return None
-    traits = {name: sources.trait(name, f"{key}.{field}") for field, name in metric.trait_names().items()}
-    bases = {field: sources.base(base, f"{key}.{field}".rstrip(".")) for field, base in metric.bases().items()}
-    named = {name: found[0] for name, found in traits.items() if found is not None}
-    models = {field: found[0] for field, found in bases.items() if found is not None}
-    if len(named) < len(traits) or len(models) < len(bases):
-        return None
-    try:
-        return metric.resolved(named, models)
-    except ConfigError as error:
-        sources.faults += [Fault(f"{key}.{fault.key}", fault.message) for fault in error.faults]
-        return None

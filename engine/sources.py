@@ -83,6 +83,21 @@ class Sources:
         content: str | None = self._once("path", str(path), key, look)
         return content
 
+    def file(self, text: str, key: str) -> tuple[Path, str] | None:
+        """Place and content hash of the file that the user calls ``text``."""
+
+        def look() -> tuple[tuple[Path, str] | None, list[Fault]]:
+            path = find_file(text, self.folder)
+            if path is None:
+                return None, [Fault("", f"no file {text!r}; looked at {places_looked(text, self.folder)}")]
+            try:
+                return (path, self.keep(path.read_bytes())), []
+            except OSError as error:
+                return None, [Fault("", f"{path} cannot be read: {error.strerror or error}")]
+
+        value: tuple[Path, str] | None = self._once("any file", text, key, look)
+        return value
+
     def hub(self, dataset: HubDataset, key: str) -> str | None:
         """Content hash of a dataset's rows."""
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any
 
 from analysis.results import Results
+from analysis.vectors import VectorConfig
 from engine.cells import SECTIONS, UNLABELLED, FaultyCell, build_cells, cell_key
-from engine.config_faults import nearest, show, validate
+from engine.config_faults import format_path, nearest, show, validate
 from engine.endpoints import DEFAULT_ENDPOINT, EndpointConfig, endpoint_faults
 from engine.grid import is_grid
 from engine.labels import unique_labels
@@ -25,32 +26,23 @@ from engine.named import without_faults
 from engine.overrides import apply_overrides
 from engine.sweep_models import (
     Cell,
-    Difference,
-    DifferenceVector,
     EvaluationConfig,
     ExecutionConfig,
-    FileVector,
     OneVector,
-    RandomVector,
     SweepFile,
-    VectorConfig,
 )
 from engine.trackers import NO_TRACKERS, TrackersConfig
 from engine.yaml_text import read_yaml
+from trainables.config import NamesVector, Path, marked
 from trainables.defenses import defense_label
 from trainables.errors import ConfigError, Fault, Interrupted
 
 __all__ = [
     "Cell",
-    "Difference",
-    "DifferenceVector",
     "EvaluationConfig",
     "ExecutionConfig",
-    "FileVector",
-    "RandomVector",
     "Sweep",
     "SweepFile",
-    "VectorConfig",
     "check_sweep",
     "load_sweep",
 ]
@@ -61,7 +53,7 @@ class Sweep:
     """A sweep file as it is meant. ``raw`` is the file's plain data with the overrides written in."""
 
     name: str
-    path: Path
+    path: FilePath
     results: str
     vectors: dict[str, VectorConfig]
     cells: tuple[Cell, ...]
@@ -74,7 +66,7 @@ class Sweep:
     overrides: tuple[str, ...] = ()
 
     @classmethod
-    def from_yaml(cls, path: str | Path, *overrides: str) -> Sweep:
+    def from_yaml(cls, path: str | FilePath, *overrides: str) -> Sweep:
         """``load_sweep`` for scripts and notebooks: ``Sweep.from_yaml("my.yaml", "training.epochs=1").run()``."""
         return load_sweep(path, overrides)
 
@@ -105,7 +97,7 @@ class Sweep:
         return cell_key(self.merged[cell], path)
 
 
-def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+def load_sweep(path: str | FilePath, overrides: Sequence[str] = ()) -> Sweep:
     """Read ``path``, write ``overrides`` (``training.epochs=1``) into it, and check it whole.
 
     Raises ConfigError with every fault. Touches nothing but the file.
@@ -116,13 +108,13 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     return sweep
 
 
-def check_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep | None, list[Fault]]:
+def check_sweep(path: str | FilePath, overrides: Sequence[str] = ()) -> tuple[Sweep | None, list[Fault]]:
     """Like ``load_sweep`` for a caller with checks of its own to add before it complains.
 
     The sweep is None if the text is no sweep at all; beside faults it holds the vectors and cells that are sound, and
     what can be looked up of the faulty cells.
     """
-    path = Path(path)
+    path = FilePath(path)
     raw, faults = _read(path)
     if raw is None:
         return None, faults
@@ -133,7 +125,7 @@ def check_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep 
     frame, frame_faults = validate(SweepFile, known)
     faults += frame_faults
     misplaced = _misplaced_grids(known)
-    faults += _random_like_faults(_mapping(file, "vectors"))
+    faults += _vector_name_faults(_mapping(file, "vectors"))
     faults += [Fault(*fault) for fault in endpoint_faults(_sound_endpoints(file))]
     built = build_cells(file)
     cells = built.sound
@@ -164,7 +156,7 @@ def check_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep 
     return sweep, list(dict.fromkeys(faults))
 
 
-def _read(path: Path) -> tuple[dict[str, Any] | None, list[Fault]]:
+def _read(path: FilePath) -> tuple[dict[str, Any] | None, list[Fault]]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -213,26 +205,36 @@ def _misplaced_grids(file: Mapping[str, Any]) -> list[Fault]:
     return [fault for name, value in file.items() if name not in ("runs", "axes") for fault in search(value, name)]
 
 
-def _random_like_faults(vectors: Mapping[str, Any]) -> list[Fault]:
-    """``random_like`` must end at a vector that is made of something."""
-    like = {
-        name: spec["random_like"]
-        for name, spec in vectors.items()
-        if isinstance(spec, dict) and isinstance(spec.get("random_like"), str)
-    }
+def _vector_name_faults(vectors: Mapping[str, Any]) -> list[Fault]:
+    """A vector that is made of others must name ones of the sweep, and never come back to itself."""
+    names: dict[str, dict[Path, str]] = {}
+    for name, spec in vectors.items():
+        one = without_faults(OneVector, {"vector": spec})
+        found = marked(one.vector, NamesVector) if one is not None else {}
+        names[name] = {path: str(other) for path, other in found.items()}
     faults = []
-    for name, other in like.items():
-        chain = [name]
-        while other in like and other not in chain:
-            chain.append(other)
-            other = like[other]
-        if other == name:
-            faults.append(Fault(f"vectors.{name}.random_like", f"goes in a circle: {' -> '.join([*chain, name])}"))
-        elif like[name] not in vectors:
-            others = [known for known in vectors if known != name]
-            message = f"no vector {show(like[name])}; {nearest(like[name], others)}"
-            faults.append(Fault(f"vectors.{name}.random_like", message))
+    for name, fields in names.items():
+        for path, other in fields.items():
+            key = format_path(("vectors", name, *path))
+            if other not in vectors:
+                others = [known for known in vectors if known != name]
+                faults.append(Fault(key, f"no vector {show(other)}; {nearest(other, others)}"))
+            elif (chain := _chain(names, other, name)) is not None:
+                faults.append(Fault(key, f"goes in a circle: {' -> '.join([name, *chain])}"))
     return faults
+
+
+def _chain(names: Mapping[str, Mapping[Path, str]], start: str, end: str) -> list[str] | None:
+    """Vectors from ``start`` to ``end``, each made of the next; None if ``start`` does not rest on ``end``."""
+    ways, seen = [[start]], {start}
+    for way in ways:  # grows
+        if way[-1] == end:
+            return way
+        for other in names.get(way[-1], {}).values():
+            if other not in seen:
+                seen.add(other)
+                ways.append([*way, other])
+    return None
 
 
 def _results(file: Mapping[str, Any]) -> str:

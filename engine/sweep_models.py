@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from analysis.judges import MetricConfig
+from analysis.vectors import VectorConfig
 from engine.endpoints import EndpointConfig
 from engine.grid import GRID
 from engine.trackers import TrackersConfig, TrackersSection
@@ -63,68 +64,6 @@ Name: TypeAlias = Annotated[str, AfterValidator(_name)]
 MetricName: TypeAlias = Annotated[str, AfterValidator(_identifier)]
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
 NonEmpty: TypeAlias = Annotated[str, Field(min_length=1)]
-
-
-class Difference(Config):
-    """Two chat JSONL files: the vector is the mean activation of ``positive`` minus that of ``negative``."""
-
-    positive: NonEmpty
-    """Answers that show what the vector stands for."""
-    negative: NonEmpty
-    """Answers that do not, best to the same questions."""
-    max_length: int = Field(default=2048, ge=8)
-    """Tokens of a row that are read."""
-
-
-class DifferenceVector(Config):
-    """A vector made from two data files."""
-
-    difference: Difference
-    """The two files. The mean is over response tokens within a row, then over rows."""
-
-
-class RandomVector(Config):
-    """A Gaussian vector with, at every layer, the norm of the vector named ``random_like``."""
-
-    random_like: NonEmpty
-    """Name of another vector of the sweep."""
-    seed: Seed = 0
-    """Another seed is another direction."""
-
-
-class FileVector(Config):
-    """A vector that lies in a file."""
-
-    file: NonEmpty
-    """A safetensors file with one float32 tensor ``vector`` [num_layers + 1, hidden] and ``final_row`` in its metadata,
-    as the store has them."""
-
-
-_VECTOR_KINDS: dict[str, type[Config]] = {
-    "difference": DifferenceVector,
-    "random_like": RandomVector,
-    "file": FileVector,
-}
-
-
-def _vector_kind(value: object) -> str | None:
-    """The class whose key is present, if exactly one is."""
-    if isinstance(value, Config):
-        return type(value).__name__
-    present = [name for name in _VECTOR_KINDS if isinstance(value, dict) and name in value]
-    return _VECTOR_KINDS[present[0]].__name__ if len(present) == 1 else None
-
-
-VectorConfig: TypeAlias = Annotated[
-    Annotated[DifferenceVector, Tag("DifferenceVector")]
-    | Annotated[RandomVector, Tag("RandomVector")]
-    | Annotated[FileVector, Tag("FileVector")],
-    Discriminator(
-        _vector_kind,
-        custom_error_type="vector_kind",
-        custom_error_message="needs exactly one of the keys difference, random_like, file",
-    ),
-]
 
 
 class EvaluationConfig(SamplingConfig):

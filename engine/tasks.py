@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from analysis.judges import MetricConfig
 from analysis.manifest import RunEntry, run_key, vector_key
 from analysis.tables import table_key
+from analysis.vectors import VectorConfig
 from trainables.base_model import ResolvedBase
 from trainables.chat_data import DataConfig
 from trainables.config import Config, NamesPrompts, NamesVector, recipe_of, referenced
@@ -25,7 +26,6 @@ from trainables.defenses import Item
 from trainables.sample import SamplingConfig
 from trainables.train import TrainingConfig
 
-VECTOR_SEMANTICS = 1
 TRAIN_SEMANTICS = 2  # 2: rows of a step are cut into micro-batches by length, which deals out dropout masks anew
 SAMPLE_SEMANTICS = 1
 LOSS_SEMANTICS = 1
@@ -35,46 +35,6 @@ def task_id(recipe: dict[str, Any]) -> str:
     """Identity of the task with this recipe."""
     text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-class DifferenceRecipe(Config):
-    """Mean response activation over one file minus that over another; files by content hash."""
-
-    kind: Literal["difference"] = "difference"
-    base: ResolvedBase
-    positive: str
-    negative: str
-    max_length: int
-
-    def identity(self) -> dict[str, Any]:
-        files = {"positive": self.positive, "negative": self.negative, "max_length": self.max_length}
-        return {"kind": "vector/difference", "semantics": VECTOR_SEMANTICS, "base": self.base.identity()} | files
-
-
-class RandomRecipe(Config):
-    """Gaussian rows of the norms of another vector. ``name`` is part of the draw, so it is part of the identity."""
-
-    kind: Literal["random_like"] = "random_like"
-    like: str  # task id of the other vector
-    name: str
-    seed: int
-
-    def identity(self) -> dict[str, Any]:
-        draw = {"like": self.like, "name": self.name, "seed": self.seed}
-        return {"kind": "vector/random_like", "semantics": VECTOR_SEMANTICS} | draw
-
-
-class FileRecipe(Config):
-    """A vector file that the user brings, by content hash."""
-
-    kind: Literal["file"] = "file"
-    content: str
-
-    def identity(self) -> dict[str, Any]:
-        return {"kind": "vector/file", "semantics": VECTOR_SEMANTICS, "content": self.content}
-
-
-VectorRecipe: TypeAlias = DifferenceRecipe | RandomRecipe | FileRecipe
 
 
 class TrainTask(Config):
@@ -172,7 +132,9 @@ class VectorJob(Config):
 
     id: str
     label: str
-    recipe: VectorRecipe
+    name: str  # in the sweep
+    base: ResolvedBase
+    vector: VectorConfig  # a resolved one: it names nothing outside of the store any more
     parents: tuple[str, ...] = ()
 
     def tasks(self) -> tuple[tuple[str, str], ...]:

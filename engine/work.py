@@ -18,11 +18,11 @@ import torch
 from analysis.losses import response_losses
 from analysis.manifest import adapter_key, log_key, run_key, vector_key
 from analysis.tables import table_key
-from analysis.vectors import Vector, difference, random_like
+from analysis.vectors import Vector
 from engine.location import MARKER
 from engine.software import Software, check_same, software
 from engine.store import Store
-from engine.tasks import DifferenceRecipe, FileRecipe, Job, RunJob, TrainTask, VectorJob
+from engine.tasks import Job, RunJob, TrainTask, VectorJob
 from engine.versions import versions
 from trainables.base_model import LoadedBase, ResolvedBase, load_base
 from trainables.checkpoint import NO_CHECKPOINTS, CheckpointSettings
@@ -127,7 +127,7 @@ class SweepWork:
 
     def _vector(self, job: VectorJob, report: Report) -> None:
         if not self.store.exists(vector_key(job.id)):
-            vector = self._make_vector(job, report)
+            vector = job.vector.make(_Making(self, job, report))
             self.store.publish(vector_key(job.id), vector.to_bytes())
 
     def _run_and_log(self, job: RunJob, sink: StoreSink) -> None:
@@ -136,23 +136,6 @@ class SweepWork:
         except Exception as error:
             sink.log(f"failed: {type(error).__name__}: {error}")
             raise
-
-    def _make_vector(self, job: VectorJob, report: Report) -> Vector:
-        recipe = job.recipe
-        if isinstance(recipe, FileRecipe):
-            self.store.read_input(recipe.content)  # says so if it is damaged
-            return Vector.read(self.store.path(f"inputs/{recipe.content}"))
-        if isinstance(recipe, DifferenceRecipe):
-            base = _base(recipe.base, torch.device(self.device))
-
-            def progress(done: int, total: int) -> None:
-                report(phase="vector", units_done=done, units_total=total)
-
-            rows = (self._rows(recipe.positive), self._rows(recipe.negative))
-            values = difference(base, *rows, max_length=recipe.max_length, progress=progress)
-            return Vector(values, "pre_norm", recipe.base.model, recipe.base.revision)
-        like = Vector.read(self.store.path(vector_key(recipe.like)))
-        return Vector(random_like(like.values, recipe.seed, recipe.name), like.final_row, like.model, like.revision)
 
     def _run(self, job: RunJob, sink: StoreSink) -> None:
         base = _base(job.base, torch.device(self.device))
@@ -185,7 +168,7 @@ class SweepWork:
                 started = time.perf_counter()
                 losses = list(
                     response_losses(
-                        base, model, self._rows(loss.content), measure_id=loss.id, max_length=loss.max_length
+                        base, model, self.rows(loss.content), measure_id=loss.id, max_length=loss.max_length
                     )
                 )
                 self.store.publish_table("losses", loss.id, losses)
@@ -197,7 +180,7 @@ class SweepWork:
         vectors = {name: Vector.read(self.store.path(vector_key(name))).values for name in task.vector_ids()}
         spec = RunSpec(
             train_id=task.id,
-            rows=self._rows(task.train_content),
+            rows=self.rows(task.train_content),
             data=task.data,
             defense=task.defense,
             vectors=vectors,
@@ -261,6 +244,40 @@ class SweepWork:
             "versions": versions(),
         }
 
-    def _rows(self, content: str) -> list[list[Message]]:
+    def rows(self, content: str) -> list[list[Message]]:
+        """The chat rows with this hash."""
         lines = self.store.read_input(content).split(b"\n")  # not splitlines: JSON may hold other line ends
         return [json.loads(line)["messages"] for line in lines if line]
+
+
+@dataclass(frozen=True)
+class _Making:
+    """What a vector is made of, out of the store (``analysis.vectors.Making``)."""
+
+    work: SweepWork
+    job: VectorJob
+    report: Report
+
+    @property
+    def name(self) -> str:
+        return self.job.name
+
+    @property
+    def base(self) -> LoadedBase:
+        return _base(self.job.base, torch.device(self.work.device))
+
+    def rows(self, content: str) -> list[list[Message]]:
+        return self.work.rows(content)
+
+    def file(self, content: str) -> Path:
+        self.work.store.read_input(content)  # says so if it is damaged
+        return self.work.store.path(f"inputs/{content}")
+
+    def vector(self, task_id: str) -> Vector:
+        return Vector.read(self.work.store.path(vector_key(task_id)))
+
+    def vector_of(self, values: torch.Tensor) -> Vector:
+        return Vector(values, "pre_norm", self.job.base.model, self.job.base.revision)
+
+    def progress(self, done: int, total: int) -> None:
+        self.report(phase="vector", units_done=done, units_total=total)

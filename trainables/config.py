@@ -6,7 +6,8 @@ A sweep file says ``vector: bridge``; a training gets a tensor. Fields that hold
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeAlias
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -31,6 +32,14 @@ class NamesPrompts:
     """Marks a field that names a trait's inoculation prompts or lists texts; engine/ replaces a name by the texts."""
 
 
+class NamesChatFile:
+    """Marks a field that names a chat JSONL file; engine/ replaces the name by the hash of its rows."""
+
+
+class NamesFile:
+    """Marks a field that names a file of any other kind; engine/ replaces the name by the hash of its content."""
+
+
 class AddedLater:
     """Marks a field that came after identities were in use: at its default it is left out of every recipe.
 
@@ -41,6 +50,13 @@ class AddedLater:
 
 VectorName: TypeAlias = Annotated[str, NamesVector(), Field(min_length=1)]
 PromptBank: TypeAlias = Annotated[str | tuple[str, ...], NamesPrompts()]
+ChatFile: TypeAlias = Annotated[str, NamesChatFile(), Field(min_length=1)]
+AnyFile: TypeAlias = Annotated[str, NamesFile(), Field(min_length=1)]
+
+Path: TypeAlias = tuple[str | int, ...]
+"""Where something stands inside a config: names of fields and numbers of list items."""
+
+AnyConfig = TypeVar("AnyConfig", bound="Config")
 
 
 def referenced(config: Config, mark: type) -> dict[str, object]:
@@ -50,6 +66,60 @@ def referenced(config: Config, mark: type) -> dict[str, object]:
         for name, field in type(config).model_fields.items()
         if any(isinstance(item, mark) for item in field.metadata)
     }
+
+
+def inner_configs(config: Config, *, within: type[Config] | None = None) -> Iterator[tuple[Path, Config]]:
+    """``config`` and every config inside of it (in fields, lists and mappings), each with where it stands.
+
+    What is inside of a config of the class ``within`` is left out, but that config itself is not.
+    """
+
+    def search(value: object, path: Path) -> Iterator[tuple[Path, Config]]:
+        if isinstance(value, Config):
+            yield path, value
+            if within is None or not isinstance(value, within):
+                for name in type(value).model_fields:
+                    yield from search(getattr(value, name), (*path, name))
+        elif isinstance(value, tuple | list):
+            for index, item in enumerate(value):
+                yield from search(item, (*path, index))
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                yield from search(item, (*path, name))
+
+    yield from search(config, ())
+
+
+def marked(config: Config, mark: type, *, within: type[Config] | None = None) -> dict[Path, object]:
+    """Fields anywhere inside ``config`` that carry ``mark``, with their values; None is no value. Configs of the class
+    ``within`` are not looked into."""
+    return {
+        (*path, field): value
+        for path, inner in inner_configs(config, within=within)
+        if within is None or not isinstance(inner, within)
+        for field, value in referenced(inner, mark).items()
+        if value is not None
+    }
+
+
+def replaced(config: AnyConfig, values: Mapping[Path, object]) -> AnyConfig:
+    """``config`` with other values at these places. They are not validated: a hash may stand for a file."""
+    result: AnyConfig = _replaced(config, (), values)
+    return result
+
+
+def _replaced(value: Any, path: Path, values: Mapping[Path, object]) -> Any:
+    if path in values:
+        return values[path]
+    if not any(place[: len(path)] == path for place in values):
+        return value
+    if isinstance(value, Config):
+        fields = {name: _replaced(getattr(value, name), (*path, name), values) for name in type(value).model_fields}
+        return value.model_copy(update=fields)
+    if isinstance(value, tuple | list):
+        return tuple(_replaced(item, (*path, index), values) for index, item in enumerate(value))
+    assert isinstance(value, dict), f"nothing is at {path}"
+    return {name: _replaced(item, (*path, name), values) for name, item in value.items()}
 
 
 def recipe_of(config: Config) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 import engine.run
 from analysis.results import Results, load
-from analysis.vectors import Vector
+from analysis.vectors import FileVector, Vector
 from engine.cli import app
 from engine.prepare import Prepared
 from engine.store import Store
-from engine.tasks import FileRecipe, VectorJob
+from engine.tasks import VectorJob
 from tests.engine.tiny_sweep import HIDDEN, NUM_LAYERS, write_tiny_sweep
 from trainables.failpoints import ENVIRONMENT_VARIABLE
 
@@ -83,8 +83,8 @@ def first(sweep_file: Path) -> Call:
 
     def damaging(prepared: Prepared, store: Store) -> None:
         original(prepared, store)
-        recipes = (job.recipe for job in prepared.jobs.values() if isinstance(job, VectorJob))
-        (content,) = (recipe.content for recipe in recipes if isinstance(recipe, FileRecipe))
+        vectors = (job.vector for job in prepared.jobs.values() if isinstance(job, VectorJob))
+        (content,) = (vector.file for vector in vectors if isinstance(vector, FileVector))
         (store.root / "inputs" / content).write_bytes(GARBAGE)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -15,8 +15,12 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayT
 from ray.tune.error import TuneError
 from ray.tune.search import Searcher
 
+from analysis.vectors import FileVector
 from engine.scheduler import LESS_MEMORY, _GraphSearcher, why_failed
-from engine.tasks import FileRecipe, VectorJob
+from engine.tasks import VectorJob
+from trainables.base_model import ResolvedBase
+
+BASE = ResolvedBase(model="org/model", revision="abc", dtype="float32", source="org/model")
 
 
 class _Notes:
@@ -40,7 +44,8 @@ class _Notes:
 
 
 def job(name: str, *parents: str) -> VectorJob:
-    return VectorJob(id=name, label=f"job {name}", recipe=FileRecipe(content=""), parents=parents)
+    vector = FileVector(file="v.safetensors")
+    return VectorJob(id=name, label=f"job {name}", name=name, base=BASE, vector=vector, parents=parents)
 
 
 def searcher(*jobs: VectorJob) -> tuple[_GraphSearcher, _Notes]:

@@ -11,12 +11,10 @@ import pytest
 import yaml
 
 from analysis.judges import RuleMetric
+from analysis.vectors import DifferenceVector, FileVector, RandomVector
 from engine.inputs import PROJECT_ROOT
 from engine.sweep_file import (
-    DifferenceVector,
     ExecutionConfig,
-    FileVector,
-    RandomVector,
     check_sweep,
     load_sweep,
 )

@@ -8,10 +8,8 @@ import pytest
 import yaml
 
 from analysis.judges import RuleMetric
-from engine.sweep_file import (
-    RandomVector,
-    load_sweep,
-)
+from analysis.vectors import RandomVector
+from engine.sweep_file import load_sweep
 from tests.engine.sweep_writing import Files, labels, minimal, only
 from trainables.defenses import Pps
 from trainables.errors import ConfigError

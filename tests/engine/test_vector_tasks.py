@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from analysis.vectors import Difference, DifferenceVector, FileVector, RandomVector, VectorConfig
 from engine.sources import Sources
-from engine.sweep_file import Difference, DifferenceVector, FileVector, RandomVector, VectorConfig
-from engine.tasks import DifferenceRecipe, FileRecipe, RandomRecipe
 from engine.vector_tasks import VectorTasks
 from tests.bases import chat
 from tests.engine.tiny_prepare import write_vector
@@ -143,17 +142,37 @@ class TestAdd:
             proved.append((content, max_length, key))
 
         made = {name: vectors.add(name, BASE, prove) for name in ("random", "own")}
-        random, own = (vectors.jobs[made[name]].recipe for name in ("random", "own"))
-        topic = vectors.jobs[vectors.ids["topic"]].recipe
-        assert isinstance(topic, DifferenceRecipe)
-        assert random == RandomRecipe(like=vectors.ids["topic"], name="random", seed=3)
-        assert isinstance(own, FileRecipe)
-        assert vectors.sources.inputs[own.content] == (folder / "v.safetensors").read_bytes()
+        random, own = (vectors.jobs[made[name]].vector for name in ("random", "own"))
+        topic = vectors.jobs[vectors.ids["topic"]].vector
+        assert isinstance(topic, DifferenceVector)
+        assert random == RandomVector(random_like=vectors.ids["topic"], seed=3)
+        assert [vectors.jobs[made[name]].name for name in ("random", "own")] == ["random", "own"]
+        assert isinstance(own, FileVector)
+        assert vectors.sources.inputs[own.file] == (folder / "v.safetensors").read_bytes()
         assert proved == [
-            (topic.positive, 64, "vectors.topic.difference.positive"),
-            (topic.negative, 64, "vectors.topic.difference.negative"),
+            (topic.difference.positive, 64, "vectors.topic.difference.positive"),
+            (topic.difference.negative, 64, "vectors.topic.difference.negative"),
         ]
         assert [job.label for job in vectors.jobs.values()] == ["vector topic", "vector random", "vector own"]
+
+    def test_ids_are_those_of_the_vectors_in_stores(self, folder: Path) -> None:
+        """Computed before kinds had files of their own: vectors that are in stores keep their ids."""
+        write_vector(folder / "v.safetensors")
+        vectors = _vectors(
+            folder,
+            {
+                "topic": _difference(),
+                "random": RandomVector(random_like="topic", seed=3),
+                "own": FileVector(file="v.safetensors"),
+                "again": RandomVector(random_like="own"),
+            },
+        )
+        assert {name: vectors.add(name, BASE, _nothing) for name in vectors.configs} == {
+            "topic": "c6cab6c7b291",
+            "random": "b0a6e767b9eb",
+            "own": "ca995da75925",
+            "again": "2b655b44ec7f",
+        }
 
     def test_once_per_base(self, folder: Path) -> None:
         vectors = _vectors(folder, {"topic": _difference(), "topic2": _difference()})
