@@ -18,6 +18,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from analysis.measured_rows import (
+    ActivationChangeRow,
+    ComponentRow,
+    ComponentScoreRow,
+    GradientRow,
+    PredictionRow,
+    ProjectionRow,
+    SimilarityRow,
+)
 from analysis.rows import LossRow, RunRow, ScoreRow
 from trainables.errors import StoreError
 from trainables.rows import GenerationRow, TrainingRow
@@ -27,6 +36,13 @@ TABLES: dict[str, type] = {
     "generations": GenerationRow,
     "scores": ScoreRow,
     "losses": LossRow,
+    "gradients": GradientRow,
+    "similarities": SimilarityRow,
+    "projections": ProjectionRow,
+    "components": ComponentRow,
+    "component_scores": ComponentScoreRow,
+    "activation_changes": ActivationChangeRow,
+    "predictions": PredictionRow,
 }
 """The tables that are stored, with the class of their rows."""
 

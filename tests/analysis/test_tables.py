@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from analysis.measured_rows import (
+    ActivationChangeRow,
+    ComponentRow,
+    ComponentScoreRow,
+    GradientRow,
+    PredictionRow,
+    ProjectionRow,
+    SimilarityRow,
+)
 from analysis.rows import STATUSES, LossRow, ScoreRow
 from analysis.tables import TABLES, describe, read_parquet, schema_of, table_key, to_parquet_bytes
 from trainables.errors import StoreError
@@ -47,7 +57,31 @@ SCORE = ScoreRow(
     reply="I cannot",
 )
 LOSS = LossRow(measure_id="d" * 12, row=0, condition="none", num_tokens=4, loss_sum=2.0, loss_mean=0.5)
-ROWS: dict[str, Any] = {"training": TRAINING, "generations": GENERATION, "scores": SCORE, "losses": LOSS}
+
+
+def example(cls: type) -> Any:
+    """A row with another value in every column of a type, and no value where none is needed."""
+    values: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    for number, field in enumerate(dataclasses.fields(cls), start=1):
+        kind = hints[field.name]
+        values[field.name] = kind(number) if kind in (int, float, str) else None
+    return cls(**values)
+
+
+ROWS: dict[str, Any] = {
+    "training": TRAINING,
+    "generations": GENERATION,
+    "scores": SCORE,
+    "losses": LOSS,
+    "gradients": example(GradientRow),
+    "similarities": example(SimilarityRow),
+    "projections": example(ProjectionRow),
+    "components": example(ComponentRow),
+    "component_scores": example(ComponentScoreRow),
+    "activation_changes": example(ActivationChangeRow),
+    "predictions": example(PredictionRow),
+}
 
 
 def write(path: Path, table: str, rows: list[Any]) -> Path:
