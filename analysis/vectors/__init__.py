@@ -6,9 +6,17 @@ from typing import Annotated, TypeAlias, get_args
 
 from pydantic import Discriminator, Tag
 
-from analysis.vectors.activations import mean_response_activation
+from analysis.vectors.activations import mean_activation, mean_response_activation
 from analysis.vectors.base import Making, VectorKind
+from analysis.vectors.combination import CombinedVector, Term, combine
 from analysis.vectors.difference_of_data import Difference, DifferenceVector, difference
+from analysis.vectors.difference_of_prompts import (
+    Part,
+    PromptDifference,
+    PromptDifferenceVector,
+    part_of_rows,
+    prompt_difference,
+)
 from analysis.vectors.random_vector import RandomVector, random_like
 from analysis.vectors.vector import FINAL_ROWS, TENSOR, Vector, read_vector_header
 from analysis.vectors.vector_file import FileVector
@@ -17,6 +25,8 @@ _Kinds: TypeAlias = (
     Annotated[DifferenceVector, Tag("DifferenceVector")]
     | Annotated[RandomVector, Tag("RandomVector")]
     | Annotated[FileVector, Tag("FileVector")]
+    | Annotated[PromptDifferenceVector, Tag("PromptDifferenceVector")]
+    | Annotated[CombinedVector, Tag("CombinedVector")]
 )
 
 VECTOR_KINDS: dict[str, type[VectorKind]] = {
@@ -46,16 +56,25 @@ __all__ = [
     "FINAL_ROWS",
     "TENSOR",
     "VECTOR_KINDS",
+    "CombinedVector",
     "Difference",
     "DifferenceVector",
     "FileVector",
     "Making",
+    "Part",
+    "PromptDifference",
+    "PromptDifferenceVector",
     "RandomVector",
+    "Term",
     "Vector",
     "VectorConfig",
     "VectorKind",
+    "combine",
     "difference",
+    "mean_activation",
     "mean_response_activation",
+    "part_of_rows",
+    "prompt_difference",
     "random_like",
     "read_vector_header",
 ]

@@ -25,20 +25,32 @@ def mean_response_activation(
 ) -> torch.Tensor:
     """Mean over rows of the mean over response tokens of h_l, every layer; [num_layers + 1, hidden] float64."""
     encoded, _ = encode_all(rows, ChatEncoder(base.tokenizer, max_length), False)
-    ordered = sorted(encoded, key=lambda row: len(row.input_ids))  # alike lengths together: little padding
+    return mean_activation(base, encoded, batch_size, progress)
+
+
+def mean_activation(
+    base: LoadedBase, rows: Sequence[Encoded], batch_size: int = 8, progress: Callable[[int], None] | None = None
+) -> torch.Tensor:
+    """Mean over rows of the mean over the tokens of ``response_mask`` of h_l, every layer; [num_layers + 1, hidden]
+    float64.
+
+    Each row weighs the same however many tokens it has; sums are float64. ``progress(done)`` counts rows.
+    """
+    ordered = sorted(rows, key=lambda row: len(row.input_ids))  # alike lengths together: little padding
     num_layers = len(decoder_layers(base.model))
     sums: dict[int, torch.Tensor] = {}
     for start in range(0, len(ordered), batch_size):
         part = ordered[start : start + batch_size]
-        for layer, mean_bd in _response_means(base, part, range(num_layers + 1)).items():
+        for layer, mean_bd in _means(base, part, range(num_layers + 1)).items():
             sums[layer] = sums.get(layer, 0) + mean_bd.double().sum(0).cpu()
-        progress(start + len(part))
+        if progress is not None:
+            progress(start + len(part))
     return torch.stack([sums[layer] for layer in range(num_layers + 1)]) / len(ordered)
 
 
 @torch.no_grad()
-def _response_means(base: LoadedBase, rows: Sequence[Encoded], layers: Sequence[int]) -> dict[int, torch.Tensor]:
-    """Per layer the mean over each row's response tokens of h, [b, d] float32 (float64 for a float64 model)."""
+def _means(base: LoadedBase, rows: Sequence[Encoded], layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    """Per layer the mean over each row's masked tokens of h, [b, d] float32 (float64 for a float64 model)."""
     batch = pad(rows, base.tokenizer.pad_token_id, 1, base.device)
     mask_bt1 = batch.response_mask_bt[:, :, None]
     means: dict[int, torch.Tensor] = {}

@@ -216,8 +216,11 @@ class TestVectors:
         ("vectors", "key", "message"),
         [
             ({"x": {"random_like": "brige"}}, "vectors.x.random_like", "no vector 'brige'; did you mean bridge?"),
+            ({"x": {"combine": [{"vector": "brige"}]}}, "vectors.x.combine[0].vector", "did you mean bridge?"),
+            ({"x": {"combine": [{"vector": "x"}]}}, "vectors.x.combine[0].vector", "goes in a circle: x -> x"),
+            ({"x": {"combine": [{"vector": "bridge", "weight": 0}]}}, "vectors.x.combine[0].weight", "adds nothing"),
             ({"x": {"random_like": "x"}}, "vectors.x.random_like", "goes in a circle: x -> x"),
-            ({"x": {}}, "vectors.x", "needs exactly one of the keys difference, random_like, file; got {}"),
+            ({"x": {}}, "vectors.x", "needs exactly one of the keys difference, random_like, file"),
             ({"x": {"file": "a", "random_like": "bridge"}}, "vectors.x", "needs exactly one of the keys"),
             ({"x": {"diference": {}}}, "vectors.x", "did you mean difference?"),
             ({"x": "a.safetensors"}, "vectors.x", "needs exactly one of the keys"),

@@ -9,12 +9,22 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from analysis.vectors import Difference, DifferenceVector, FileVector, RandomVector, VectorConfig
+from analysis.vectors import (
+    CombinedVector,
+    Difference,
+    DifferenceVector,
+    FileVector,
+    PromptDifference,
+    PromptDifferenceVector,
+    RandomVector,
+    Term,
+    VectorConfig,
+)
 from engine.sources import Sources
 from engine.vector_tasks import VectorTasks
 from tests.bases import chat
 from tests.engine.tiny_prepare import write_vector
-from tests.engine.tiny_sweep import write_chat_file
+from tests.engine.tiny_sweep import write_chat_file, write_tiny_sweep
 from trainables.base_model import ResolvedBase
 from trainables.errors import Fault
 from trainables.shapes import FinalRow, ModelShape, VectorShape
@@ -173,6 +183,40 @@ class TestAdd:
             "own": "ca995da75925",
             "again": "2b655b44ec7f",
         }
+
+    def test_what_is_made_of_others_comes_after_them(self, folder: Path) -> None:
+        vectors = _vectors(
+            folder,
+            {
+                "sum": CombinedVector(combine=(Term(vector="random", weight=0.5), Term(vector="topic"))),
+                "random": RandomVector(random_like="topic"),
+                "topic": _difference(),
+            },
+        )
+        assert vectors.shape("sum", BASE, SHAPE) == VectorShape(4, 32, "pre_norm")
+        job = vectors.jobs[vectors.add("sum", BASE, _nothing)]
+        assert job.parents == (vectors.ids["random"], vectors.ids["topic"])
+        assert list(vectors.jobs) == [vectors.ids[name] for name in ("topic", "random", "sum")]
+        assert isinstance(job.vector, CombinedVector)
+        assert [(term.vector, term.weight) for term in job.vector.combine] == [
+            (vectors.ids["random"], 0.5),
+            (vectors.ids["topic"], 1.0),
+        ]
+
+    def test_prompts_of_a_trait_become_texts(self, folder: Path) -> None:
+        write_tiny_sweep(folder / "tiny")
+        given = PromptDifference(rows="a.jsonl", prompts="topic", max_length=64)
+        texts = ("Talk about bridges.", "Mention a bridge, please.")
+        vectors = _vectors(folder / "tiny", {"ip": PromptDifferenceVector(prompt_difference=given)})
+        assert "no file 'a.jsonl'" in vectors.sources.faults[0].message
+        write_chat_file(folder / "tiny" / "a.jsonl", [chat("Why?", "So.")])
+        named = _vectors(folder / "tiny", {"ip": PromptDifferenceVector(prompt_difference=given)})
+        listed = given.model_copy(update={"prompts": texts})
+        same = _vectors(folder / "tiny", {"ip": PromptDifferenceVector(prompt_difference=listed)})
+        assert named.add("ip", BASE, _nothing) == same.add("ip", BASE, _nothing)
+        (job,) = named.jobs.values()
+        assert isinstance(job.vector, PromptDifferenceVector)
+        assert job.vector.prompt_difference.prompts == texts
 
     def test_once_per_base(self, folder: Path) -> None:
         vectors = _vectors(folder, {"topic": _difference(), "topic2": _difference()})
