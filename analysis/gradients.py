@@ -58,11 +58,11 @@ def gradient_rows(
     ``num_tokens`` counts the others. Cosines are float32 (float64 of a float64 model), their means float64.
     """
     unit = unit_rows(vectors, layers)
-    groups = aligned_items(base, rows, conditions, max_length=max_length, row_numbers=row_numbers)
+    groups = aligned_items(base, rows, conditions, max_length=max_length, positions=positions, row_numbers=row_numbers)
     items = [item for group in groups for item in group]
     found: dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]] = {}
     for batch in batches([[item] for item in items], batch_tokens):
-        for item, measured in zip(batch, _measure(base, model, batch, layers, unit, positions), strict=True):
+        for item, measured in zip(batch, _measure(base, model, batch, layers, unit), strict=True):
             found[id(item)] = measured
         if progress is not None:
             progress(len(found), len(items))
@@ -94,7 +94,6 @@ def _measure(
     items: Sequence[Item],
     layers: Sequence[int],
     unit: Mapping[int, torch.Tensor],
-    positions: Positions,
 ) -> list[tuple[torch.Tensor, dict[int, torch.Tensor]]]:
     """Per item its token losses and, by layer, [tokens, v + 1]: <v, g> of every vector at length 1, and |g|."""
     kept: dict[int, torch.Tensor] = {}
@@ -109,7 +108,7 @@ def _measure(
         directions_vd = unit[layer].to(device=gradients_nd.device, dtype=gradients_nd.dtype)
         kept[layer] = torch.cat((gradients_nd @ directions_vd.T, norms_n1), dim=1)
 
-    losses = read_gradients(base, model, items, layers, read, positions=positions)
+    losses = read_gradients(base, model, items, layers, read)
     by_layer = {layer: values.cpu().double().split(counts) for layer, values in kept.items()}
     return [(losses[index], {layer: parts[index] for layer, parts in by_layer.items()}) for index in range(len(items))]
 

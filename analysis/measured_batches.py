@@ -19,12 +19,17 @@ from trainables.chat_data import ChatEncoder, Encoded, PaddedBatch, encode_all, 
 from trainables.defenses import Message, RunRows
 from trainables.errors import DataError
 from trainables.loss import token_losses
+from trainables.model_parts import backbone
 from trainables.native_ops import native_ops
-from trainables.residual_stream import Add, Intervention, ReadGradient, residual_stream
+from trainables.residual_stream import Add, Intervention, ReadGradient, ReadValue, residual_stream
 
-Positions: TypeAlias = Literal["response", "predicting"]
-"""Where gradients and activations are read: where the INPUT token is a response token or its end mark, or where the
-position predicts one (one token earlier)."""
+Positions: TypeAlias = Literal["response", "predicting", "shared"]
+"""Which tokens are measured.
+
+response: those whose INPUT token is a response token or its end mark. predicting: those that predict one (one token
+earlier). shared: every token from where on all conditions of the measurement read the same ones, so all that follow an
+inoculation prompt; without a prompt among them the whole conversation.
+"""
 
 BATCH_TOKENS = 1024  # rows x length of a batch: on a CPU more is not faster, and activations take 1 MB a token at 135M
 
@@ -38,6 +43,7 @@ class Item:
     row: int  # of the data, from 0
     condition: Condition
     encoded: Encoded
+    measured: tuple[bool, ...]  # by token
 
     @property
     def length(self) -> int:
@@ -50,6 +56,7 @@ def aligned_items(
     conditions: Sequence[Condition],
     *,
     max_length: int,
+    positions: Positions = "response",
     row_numbers: Sequence[int] | None = None,
 ) -> list[list[Item]]:
     """Every row under every condition: one list per row, in the order of ``conditions``.
@@ -68,14 +75,37 @@ def aligned_items(
     whole = ChatEncoder(base.tokenizer, sys.maxsize)
     groups = []
     for number, messages, plain in zip(numbers, rows, encoded, strict=True):
-        group = []
+        read = []
         for condition in conditions:
             row = plain
             if condition.changes_messages:
                 row = _like(plain, whole.encode(condition.rewrite(messages, number), prove=True), number, condition)
-            group.append(Item(number, condition, _until_last_response(row)))
-        groups.append(group)
+            read.append(_until_last_response(row))
+        num_shared = _common_ending([row.input_ids for row in read])
+        groups.append(
+            [
+                Item(number, condition, row, _measured(row, positions, num_shared))
+                for condition, row in zip(conditions, read, strict=True)
+            ]
+        )
     return groups
+
+
+def _measured(row: Encoded, positions: Positions, num_shared: int) -> tuple[bool, ...]:
+    if positions == "response":
+        return row.response_mask
+    if positions == "predicting":
+        return (*row.loss_mask[1:], False)
+    length = len(row.input_ids)
+    return (*[False] * (length - num_shared), *[True] * num_shared)
+
+
+def _common_ending(sequences: Sequence[Sequence[int]]) -> int:
+    shortest = min(len(sequence) for sequence in sequences)
+    for count in range(shortest):
+        if len({sequence[-1 - count] for sequence in sequences}) > 1:
+            return count
+    return shortest
 
 
 def _like(plain: Encoded, changed: Encoded, row: int, condition: Condition) -> Encoded:
@@ -121,14 +151,13 @@ class Measured:
     counts: list[int]  # measured tokens per row
 
     @classmethod
-    def of(cls, base: LoadedBase, items: Sequence[Item], positions: Positions) -> Measured:
+    def of(cls, base: LoadedBase, items: Sequence[Item]) -> Measured:
         padded = pad([item.encoded for item in items], base.tokenizer.pad_token_id, 1, base.device)
-        mask_bt = padded.response_mask_bt
-        if positions == "predicting":
-            mask_bt = torch.zeros_like(mask_bt)
-            mask_bt[:, :-1] = padded.loss_mask_bt[:, 1:]
-        places_n = mask_bt.flatten().nonzero()[:, 0]
-        return cls(items, padded, places_n, mask_bt.sum(1).tolist())
+        length = padded.input_ids_bt.shape[1]
+        places = [
+            index * length + token for index, item in enumerate(items) for token, on in enumerate(item.measured) if on
+        ]
+        return cls(items, padded, torch.tensor(places, device=base.device), [sum(item.measured) for item in items])
 
     def take(self, values_btd: torch.Tensor) -> torch.Tensor:
         """The measured tokens' values, [n, d] float32 (float64 of a float64 model)."""
@@ -143,14 +172,13 @@ class Measured:
             rows_of[item.condition].append(index)
             for layer, shift_d in item.condition.shifts.items():
                 shifts[layer].append((index, shift_d))
-        device = self.padded.input_ids_bt.device
         edits: list[Intervention] = [
             Add(layer, torch.stack([shift_d for _, shift_d in parts]), torch.tensor([index for index, _ in parts]))
             for layer, parts in shifts.items()
         ]
         for condition, rows in rows_of.items():
-            rows_n = torch.tensor(rows, device=device)
-            run_rows = RunRows(rows_n, self.padded.attention_mask_bt[rows_n], self.padded.response_mask_bt[rows_n], 1)
+            rows_n = torch.tensor(rows)  # on the CPU, as residual_stream wants it
+            run_rows = RunRows(rows_n, self.padded.attention_mask_bt[rows], self.padded.response_mask_bt[rows], 1)
             edits += [edit for mechanism in condition.mechanisms for edit in mechanism.interventions(run_rows)]
         return edits
 
@@ -171,8 +199,6 @@ def read_gradients(
     items: Sequence[Item],
     layers: Sequence[int],
     reader: Callable[[Measured, int, torch.Tensor], None],
-    *,
-    positions: Positions,
 ) -> list[torch.Tensor]:
     """One forward and one backward pass of activations; returns the token losses of every item, on the CPU.
 
@@ -181,7 +207,7 @@ def read_gradients(
     do not mix. The parameters must be frozen; no gradient outlives the call that it is given to.
     """
     assert not any(parameter.requires_grad for parameter in model.parameters()), "parameters are to be frozen"
-    batch = Measured.of(base, items, positions)
+    batch = Measured.of(base, items)
 
     def take(layer: int, gradient_btd: torch.Tensor) -> None:
         reader(batch, layer, batch.take(gradient_btd))
@@ -196,3 +222,21 @@ def read_gradients(
             losses_n.sum().backward()
     counts = batch.padded.loss_mask_bt[:, 1:].sum(1).tolist()
     return list(losses_n.detach().cpu().double().split(counts))
+
+
+@torch.no_grad()
+def read_values(
+    base: LoadedBase,
+    model: Any,
+    items: Sequence[Item],
+    layers: Sequence[int],
+    reader: Callable[[Measured, int, torch.Tensor], None],
+) -> None:
+    """One forward pass; ``reader(batch, layer, hidden_nd)`` gets h of the measured tokens, from the first layer up."""
+    batch = Measured.of(base, items)
+
+    def take(layer: int, hidden_btd: torch.Tensor) -> None:
+        reader(batch, layer, batch.take(hidden_btd))
+
+    with residual_stream(model, batch.interventions(), [ReadValue(layer, take) for layer in layers]):
+        backbone(model)(input_ids=batch.padded.input_ids_bt, attention_mask=None, use_cache=False)

@@ -108,8 +108,8 @@ def test_equal_finite_differences_of_the_loss(kind: ModelKind) -> None:
         gradients[layer] = values
         places[:] = batch.places_n.tolist()
 
-    read_gradients(base, base.model, group, LAYERS, read, positions="response")
-    batch = Measured.of(base, group, "response")
+    read_gradients(base, base.model, group, LAYERS, read)
+    batch = Measured.of(base, group)
     for layer in LAYERS[1:]:
         for token in (0, len(places) // 2, len(places) - 2):
             direction = VECTORS["c"][layer] / VECTORS["c"][layer].norm()
@@ -216,6 +216,21 @@ def test_a_cut_row_keeps_the_same_tokens_under_a_prompt() -> None:
     assert cut[1].length > cut[0].length
 
 
+def test_shared_positions_are_all_that_follow_the_prompt() -> None:
+    base = base_of(float64_model())
+    for group in aligned_items(base, ROWS, [NOTHING, PROMPTED, STEERED], max_length=512, positions="shared"):
+        read = [[t for t, on in zip(i.encoded.input_ids, i.measured, strict=True) if on] for i in group]
+        assert read[0] == read[1] == read[2]
+        messages = ROWS[group[0].row]
+        question = next(m["content"] for m in messages if m["role"] == "user")
+        text = str(base.tokenizer.decode(read[0]))
+        # the header ends with a new line, as what stands between prompt and question does
+        assert text.removeprefix("\n").startswith(question)
+        assert text.endswith(f"{messages[-1]['content']}<|im_end|>")
+    (alone,) = aligned_items(base, ROWS[:1], [NOTHING], max_length=512, positions="shared")
+    assert all(alone[0].measured)
+
+
 def test_of_several_prompts_each_row_draws_one_whatever_the_shard() -> None:
     base = base_of(float64_model())
     bank = Condition("bank", prompt=("Be brief.", PROMPT, "Say it twice, please."))
@@ -257,7 +272,7 @@ def test_bfloat16_models_are_reduced_in_float32() -> None:
         del batch, layer
         dtypes.add(values.dtype)
 
-    losses = read_gradients(base, base.model, group, LAYERS, read, positions="response")
+    losses = read_gradients(base, base.model, group, LAYERS, read)
     assert dtypes == {torch.float32}
     assert losses[0].dtype == torch.float64
     exact = numbers(measure(base_of(tiny_model(num_layers=NUM_LAYERS)), conditions=[NOTHING]))
