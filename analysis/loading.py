@@ -24,6 +24,10 @@ def find_base(results: Results, entry: RunEntry, *, cuda: bool, base: str | None
     Raises ConfigError if the run's training is not done, or if the base is not here as the sweep used it: an adapter
     on another base would be another model.
     """
+    if entry.kind == "imported":
+        raise ConfigError(
+            [Fault("run", f"{entry.label!r} is answers of another project; its model is not here")], _HEADING
+        )
     if entry.kind == "run" and not (results.root / adapter_key(entry.run_id) / "adapter_config.json").is_file():
         fault = Fault("run", f"{entry.label!r} is not done: it has no adapter yet")
         raise ConfigError([fault], _HEADING)

@@ -56,10 +56,10 @@ def log_key(run_id: str) -> str:
 
 
 class RunEntry(Config):
-    """One row of the sweep: a run, or a base that runs start from (which has no training)."""
+    """One row of the sweep: a run, a base that runs start from (which has no training), or imported answers."""
 
     label: str = Field(min_length=1)
-    kind: Literal["run", "base"]
+    kind: Literal["run", "base", "imported"]
     run_id: TaskId
     sample_id: TaskId
     judge_ids: dict[str, TaskId]  # metric name -> judging task

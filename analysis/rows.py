@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from trainables.rows import column
 
 OK = "ok"
-STATUSES = (OK, "refused", "unparsable", "low_mass", "api_error", "budget_exhausted")
+STATUSES = (
+    OK,
+    "refused",
+    "unparsable",
+    "low_mass",
+    "api_error",
+    "budget_exhausted",
+    "unrecorded",  # imported: another project's table has no score and does not say why
+    "filtered",  # imported: its rule leaves the answer out, such as an incoherent one
+)
 NO_CONDITION = "none"
 
 
@@ -49,7 +58,7 @@ class RunRow:
     """The fixed columns of the derived table ``runs``; every config field follows as a column of its own name."""
 
     run: str = column("label of the run in its sweep")
-    kind: str = column("run: a training; base: a model that runs start from")
+    kind: str = column("run: a training; base: a model that runs start from; imported: answers of another project")
     run_id: str = column("identity of the run")
     sample_id: str = column("identity of its sampling task")
     status: str = column("done, failed, skipped (what it needs failed) or missing (not done yet)")

@@ -43,8 +43,10 @@ def differing(configs: Sequence[Mapping[str, Scalar]]) -> list[str]:
 def _partner(
     entry: RunEntry, by_settings: Mapping[frozenset[tuple[str, str]], list[str]], undefended: Sequence[RunEntry]
 ) -> Partner:
-    if entry.kind == "base":
-        return Partner(None, "a base is not trained")
+    if entry.kind != "run":
+        return Partner(
+            None, "a base is not trained" if entry.kind == "base" else "imported answers have no runs beside"
+        )
     if is_undefended(entry):
         return Partner(None, ITSELF)
     labels = by_settings.get(_key(_settings(entry)), [])

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from engine import cli_results, cli_run
+from engine import cli_formats, cli_results, cli_run
 from trainables.errors import ShiftgradError
 
 app = typer.Typer(
@@ -52,6 +52,8 @@ app.command()(cli_results.diff)
 app.command()(cli_results.sample)
 app.command()(cli_results.gc)
 app.command()(cli_results.report)
+app.command("import")(cli_formats.import_)
+app.command()(cli_formats.export)
 
 
 @app.command()

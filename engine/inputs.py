@@ -9,17 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+from analysis.chat_rows import Row, check_messages, kind_of
 from trainables.chat_data import HubDataset
 from trainables.errors import Fault
-
-Row: TypeAlias = tuple[dict[str, str], ...]  # messages of one conversation: {"role": ..., "content": ...}
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 TRAIT_FILE = "trait.yaml"
 MAX_ROW_FAULTS = 10
-_ROLES = ("system", "user", "assistant")
 
 
 def file_places(text: str, sweep_dir: Path) -> list[Path]:
@@ -62,7 +60,7 @@ def find_trait(name: str, sweep_dir: Path) -> Path | None:
 
 
 def _is_path(name: str) -> bool:
-    return "/" in name or name.startswith(("~", ".")) or name.endswith((".yaml", ".yml"))
+    return "/" in name or name.startswith(("~", ".")) or name.endswith((".yaml", ".yml", ".json"))
 
 
 def places_looked(text: str, sweep_dir: Path, *, trait: bool = False) -> str:
@@ -70,7 +68,7 @@ def places_looked(text: str, sweep_dir: Path, *, trait: bool = False) -> str:
     places = file_places(text, sweep_dir)
     if trait:
         found = trait_places(text, sweep_dir)
-        places = [place if place.suffix in (".yaml", ".yml") else place / TRAIT_FILE for place in found]
+        places = [place if place.suffix in (".yaml", ".yml", ".json") else place / TRAIT_FILE for place in found]
     return ", ".join(str(place) for place in places)
 
 
@@ -134,7 +132,7 @@ def _check_conversations(conversations: Sequence[Any], key: str) -> tuple[list[R
     rows: list[Row] = []
     faults: list[Fault] = []
     for number, messages in enumerate(conversations):
-        row, reason = _check_messages(messages)
+        row, reason = check_messages(messages)
         if reason is not None:
             faults.append(Fault(f"{key}[{number}]", reason))
         else:
@@ -154,45 +152,10 @@ def _parse_line(line: bytes) -> tuple[Row, str | None]:
     except (ValueError, RecursionError) as error:  # numbers and nestings beyond what Python reads
         return (), f"not JSON: {error}"
     if not isinstance(value, dict):
-        return (), f'a row is an object {{"messages": [...]}}; got {_kind(value)}'
+        return (), f'a row is an object {{"messages": [...]}}; got {kind_of(value)}'
     if "messages" not in value:
         return (), f"no messages; the row has {', '.join(map(repr, value)) or 'no keys'}"
-    return _check_messages(value["messages"])
-
-
-def _check_messages(messages: object) -> tuple[Row, str | None]:
-    """The row, or why it is none."""
-    if not isinstance(messages, list) or not messages:
-        return (), f"messages must be a list of at least one user and one assistant turn; got {_kind(messages)}"
-    row: list[dict[str, str]] = []
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, dict):
-            return (), f'{where} must be {{"role": ..., "content": ...}}; got {_kind(message)}'
-        role, content = message.get("role"), message.get("content")
-        if role not in _ROLES:
-            return (), f"{where}: unknown role {role!r}; allowed: {', '.join(_ROLES)}"
-        if not isinstance(content, str):
-            return (), f"{where}: content must be text; got {_kind(content)}"
-        if role == "assistant" and not content.strip():
-            return (), f"{where}: the assistant's content is empty, so there is nothing to train on"
-        if any("\ud800" <= character <= "\udfff" for character in content):
-            return (), f"{where}: content is not valid Unicode (half of a surrogate pair)"
-        row.append({"role": role, "content": content})
-    reason = _order_fault([message["role"] for message in row])
-    return (tuple(row), None) if reason is None else ((), reason)
-
-
-def _order_fault(roles: Sequence[str]) -> str | None:
-    for role in ("assistant", "user"):
-        if role not in roles:
-            return f"no {role} turn"
-    turns = roles[1:] if roles[0] == "system" else roles
-    expected = [("user", "assistant")[index % 2] for index in range(len(turns))]
-    if list(turns) != expected or turns[-1] != "assistant":
-        rule = "an optional system message, then user and assistant in turn, ending with assistant"
-        return f"the order of roles must be {rule}; got {', '.join(roles)}"
-    return None
+    return check_messages(value["messages"])
 
 
 def _first_faults(faults: list[Fault], key: str) -> list[Fault]:
@@ -200,9 +163,3 @@ def _first_faults(faults: list[Fault], key: str) -> list[Fault]:
     if rest <= 0:
         return faults
     return [*faults[:MAX_ROW_FAULTS], Fault(key, f"and {rest} more faulty row{'s' if rest != 1 else ''}")]
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    name = names.get(type(value), "a number")
-    return f"an empty {name.split()[-1]}" if value in ({}, [], "") else name

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.traits import Trait, read_trait
+from analysis.formats import any_trait, foreign_chat
+from analysis.traits import Trait
 from engine.endpoints import EndpointConfig
 from engine.inputs import (
     canonical_jsonl,
@@ -83,19 +84,24 @@ class Sources:
         content: str | None = self._once("path", str(path), key, look)
         return content
 
-    def file(self, text: str, key: str) -> tuple[Path, str] | None:
-        """Place and content hash of the file that the user calls ``text``."""
+    def file(
+        self, text: str, key: str, read: Callable[[Path], bytes] = Path.read_bytes, how: str = ""
+    ) -> tuple[Path, str] | None:
+        """Place and content hash of the file that the user calls ``text``. ``read`` gives what workers get of it, as
+        ``how`` says."""
 
         def look() -> tuple[tuple[Path, str] | None, list[Fault]]:
             path = find_file(text, self.folder)
             if path is None:
                 return None, [Fault("", f"no file {text!r}; looked at {places_looked(text, self.folder)}")]
             try:
-                return (path, self.keep(path.read_bytes())), []
+                return (path, self.keep(read(path))), []
+            except ConfigError as error:
+                return None, [Fault("", str(fault)) for fault in error.faults]
             except OSError as error:
                 return None, [Fault("", f"{path} cannot be read: {error.strerror or error}")]
 
-        value: tuple[Path, str] | None = self._once("any file", text, key, look)
+        value: tuple[Path, str] | None = self._once(f"any file {how}", text, key, look)
         return value
 
     def hub(self, dataset: HubDataset, key: str) -> str | None:
@@ -117,7 +123,7 @@ class Sources:
                 where = places_looked(name, self.folder, trait=True)
                 return None, [Fault("", f"no trait {name!r}; looked at {where}")]
             try:
-                return (read_trait(path), path), []
+                return (any_trait(path), path), []
             except ConfigError as error:
                 return None, list(error.faults)
 
@@ -133,7 +139,16 @@ class Sources:
         return digest
 
     def _checked(self, path: Path) -> tuple[str | None, list[Fault]]:
-        rows, faults = read_chat_rows(path)
+        faults: list[Fault] = []
+        rows: Rows = ()
+        try:
+            foreign = foreign_chat(path)
+        except ConfigError as error:
+            return None, list(error.faults)
+        if foreign is None:
+            rows, faults = read_chat_rows(path)
+        else:
+            rows = foreign
         return (self.keep(canonical_jsonl(rows), rows), []) if not faults else (None, faults)
 
     def _once(self, kind: str, name: str, key: str, look: Callable[[], tuple[Any, list[Fault]]]) -> Any:

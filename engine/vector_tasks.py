@@ -57,7 +57,7 @@ class VectorTasks:
             else:
                 contents[path] = chats[path] = content
         for path, text in marked(config, NamesFile).items():
-            file = self.sources.file(str(text), self._key(name, path))
+            file = self.sources.file(str(text), self._key(name, path), config.content, config.model_dump_json())
             if file is None:
                 is_sound = False
             else:

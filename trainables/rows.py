@@ -41,8 +41,10 @@ class GenerationRow:
     question: str = column("the user message")
     system_prompt: str | None = column("system prompt given at evaluation; null: the chat template's default")
     answer: str = column("the decoded answer without end marks")
-    num_tokens: int = column("generated tokens, the end mark included", "tokens")
-    finish_reason: str = column("stop: the model ended the answer; length: max_new_tokens was reached")
+    num_tokens: int | None = column("generated tokens, the end mark included; null: not known (imported)", "tokens")
+    finish_reason: str = column(
+        "stop: the model ended the answer; length: max_new_tokens was reached; unknown: imported without it"
+    )
 
 
 class RunSink(Protocol):

@@ -22,12 +22,14 @@ class VectorShape:
     """What a vector's file says about it without reading the numbers.
 
     ``final_row``: row ``num_layers`` was read before the final norm (``pre_norm``: the space that steering at the last
-    layer acts in), after it (``post_norm``: another space), or does not exist (``absent``).
+    layer acts in), after it (``post_norm``: another space), or does not exist (``absent``). ``empty_rows``: layers
+    for which another project's file has no row.
     """
 
     num_layers: int
     hidden_size: int
     final_row: FinalRow
+    empty_rows: tuple[int, ...] = ()
 
 
 def layer_fault(layer: int, model: ModelShape, vector: VectorShape | None) -> str | None:
@@ -44,4 +46,6 @@ def layer_fault(layer: int, model: ModelShape, vector: VectorShape | None) -> st
             f"layer {layer} is the last one and this vector's last row is {vector.final_row.replace('_', '-')}; "
             "only a row read before the final norm lies in the space of that layer"
         )
+    if vector is not None and layer in vector.empty_rows:
+        return f"the vector has no row for layer {layer} (it is all zero), so it would add nothing there"
     return None

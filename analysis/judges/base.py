@@ -19,6 +19,7 @@ from trainables.base_model import BaseConfig, ResolvedBase
 from trainables.config import Config, recipe_of, referenced
 
 Status: TypeAlias = Literal["ok", "refused", "unparsable", "low_mass", "api_error", "budget_exhausted"]
+"""What a judge of ours gives; scores of another project's may be ``unrecorded`` or ``filtered`` (analysis/rows.py)."""
 ReplyStatus: TypeAlias = Literal["ok", "refused", "api_error", "budget_exhausted"]
 AskerKind: TypeAlias = Literal["openai", "local"]
 

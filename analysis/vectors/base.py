@@ -70,6 +70,10 @@ class VectorKind(Config):
         """Tokens of a row of a chat file that are read."""
         return 2048
 
+    def content(self, file: FilePath) -> bytes:
+        """What workers get of a file of the user's, by whose hash the vector is known. Raises ConfigError."""
+        return file.read_bytes()
+
     def file_faults(self, files: Mapping[Path, FilePath]) -> Iterable[Fault]:
         """What is wrong with files of the user, ``files`` by the field that names them. Keys are dotted fields."""
         del files

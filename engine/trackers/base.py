@@ -137,6 +137,7 @@ def tracked_runs(manifest: Manifest) -> dict[str, TrackedRun]:
     """The trainings and bases of a sweep by id, in its order."""
     grouped: dict[str, list[RunEntry]] = {}
     for entry in manifest.runs:
+        assert entry.kind != "imported", "a sweep that is run has no imported rows"
         grouped.setdefault(entry.run_id, []).append(entry)
     runs = {}
     for run_id, entries in grouped.items():
@@ -146,7 +147,8 @@ def tracked_runs(manifest: Manifest) -> dict[str, TrackedRun]:
             for name, value in first.config.items()
             if all(name in other.config and other.config[name] == value for other in others)
         }
-        runs[run_id] = TrackedRun(run_id, first.label, first.kind, config, tuple(entries))
+        kind: Literal["run", "base"] = "run" if first.kind == "run" else "base"
+        runs[run_id] = TrackedRun(run_id, first.label, kind, config, tuple(entries))
     return runs
 
 

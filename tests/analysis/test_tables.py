@@ -109,7 +109,7 @@ def test_types_nulls_units_and_meanings_come_from_the_row_class() -> None:
     assert schema.field("num_tokens").type == pa.int64()
     assert schema.field("num_tokens").metadata[b"unit"] == b"tokens"
     assert schema.field("answer").metadata[b"meaning"] == b"the decoded answer without end marks"
-    assert [field.name for field in schema if field.nullable] == ["system_prompt"]
+    assert [field.name for field in schema if field.nullable] == ["system_prompt", "num_tokens"]
     assert schema_of("losses").field("loss_sum").type == pa.float64()
 
 

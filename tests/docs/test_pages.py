@@ -77,7 +77,7 @@ OUTPUT_NOT_COMPARED: dict[tuple[str, str], str] = {
     ("docs/tutorial.md", "shiftgrad show results/sweeps/milk none"): "shows answers",
 }
 
-LANGUAGES = {"bash", "python", "yaml", "json", "jsonl", "text", ""}
+LANGUAGES = {"bash", "python", "yaml", "json", "jsonl", "csv", "text", ""}
 LOOKS_LIKE_A_COMMAND = ("shiftgrad ", "make ", "pip ", "python ", "ray ", ".venv/", "source ", "$ ")
 
 
