@@ -1,87 +1,30 @@
-"""Figures of a sweep for page and print: one style, readable in greyscale, the same bytes from the same data.
-
-Every series differs by its marker (and in curves by its line) as well as by its colour. Two widths exist: ``page``
-(across both columns of a paper, or a desktop's window) and ``column`` (one column, or a phone).
-"""
+"""Figures of a sweep's outcomes and trainings, in the style of ``analysis.figure_style``."""
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-Width = Literal["page", "column"]
+from analysis.figure_style import COLORS, INK, LINES, MARKERS, SOFT, Drawn, Width, drawn, new_figure, style
 
 BASE_KIND = "base"
 UNDEFENDED_KIND = "none"
 
-_WIDTH_INCHES: dict[Width, float] = {"page": 6.9, "column": 3.4}
 _PANELS_PER_ROW: dict[Width, int] = {"page": 3, "column": 1}
 _LABEL_CHARACTERS: dict[Width, int] = {"page": 30, "column": 20}
 _CURVES_PER_ROW: dict[Width, int] = {"page": 4, "column": 2}
 _MAX_OVERLAID = 6  # more curves in one panel cannot be told apart without colour
 _MAX_KINDS_IN_LEGEND = 10  # every run is named at its line anyway
 _MAX_POINTS = 300  # per curve; longer trainings are shown as means over equal stretches of steps
-
-# a column is also what a phone shows, where print sizes are small
-_LARGER_IN_COLUMN = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "legend.fontsize": 8,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-}
-
-_INK, _SOFT, _FAINT = "#1a1a1a", "#6b6b6b", "#d9d9d9"
-# Okabe and Ito's palette without its yellow (too pale on white); each colour has a marker and a line of its own
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", _INK)
-_MARKERS = ("s", "^", "v", "P", "X", "p", "h", "<", ">", "*")
-_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
-
-_STYLE: dict[str, Any] = {
-    "font.family": ["DejaVu Sans"],  # comes with matplotlib, so every machine draws the same
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.edgecolor": _SOFT,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.5,
-    "legend.frameon": False,
-    "legend.fontsize": 7,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4.5,
-    "text.color": _INK,
-    "text.parse_math": False,  # labels are the user's: a $ is a dollar sign
-    "xtick.color": _SOFT,
-    "xtick.labelcolor": _INK,
-    "xtick.labelsize": 7,
-    "ytick.color": _SOFT,
-    "ytick.labelcolor": _INK,
-    "ytick.labelsize": 7,
-    "pdf.fonttype": 42,  # text stays text
-    "savefig.facecolor": "white",
-    "figure.facecolor": "white",
-}
 
 
 @dataclass(frozen=True)
@@ -93,14 +36,6 @@ class Panel:
     is_rate: bool  # a share of answers: the axis runs from 0 to 1
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A figure as files."""
-
-    png: bytes
-    pdf: bytes
-
-
 def outcomes(summary: pd.DataFrame, panels: Sequence[Panel], kinds: Mapping[str, str], width: Width) -> Drawn | None:
     """Every quantity of every run with its 95 % interval, in the order of ``summary``; None if there is no value yet.
 
@@ -109,12 +44,12 @@ def outcomes(summary: pd.DataFrame, panels: Sequence[Panel], kinds: Mapping[str,
     """
     if not any(summary[panel.name].notna().any() for panel in panels):
         return None
-    with _style(width):
+    with style(width):
         per_row = min(_PANELS_PER_ROW[width], len(panels))
         num_rows = math.ceil(len(panels) / per_row)
         labels = [wrapped(run, _LABEL_CHARACTERS[width], 3 if width == "page" else 4) for run in summary["run"]]
         height = num_rows * (sum(0.14 + 0.13 * (label.count("\n") + 1) for label in labels) + 0.55) + 0.35
-        figure = _figure(width, height)
+        figure = new_figure(width, height)
         grid = figure.subplots(num_rows, per_row, squeeze=False, sharey=True)
         looks = _looks(kinds[run] for run in summary["run"])
         for index, axes in enumerate(grid.flat):
@@ -130,7 +65,7 @@ def outcomes(summary: pd.DataFrame, panels: Sequence[Panel], kinds: Mapping[str,
                 for kind, look in looks.items()
             ]
             figure.legend(handles=handles, loc="outside lower center", ncols=4 if width == "page" else 2)
-        return _drawn(figure)
+        return drawn(figure)
 
 
 def training_curves(training: pd.DataFrame, kinds: Mapping[str, str], width: Width) -> Drawn | None:
@@ -141,14 +76,14 @@ def training_curves(training: pd.DataFrame, kinds: Mapping[str, str], width: Wid
     curves = {str(run): _thinned(rows) for run, rows in training.groupby("run", sort=False)}
     if not curves:
         return None
-    with _style(width):
+    with style(width):
         figure = _overlaid(curves, width) if len(curves) <= _MAX_OVERLAID else _side_by_side(curves, kinds, width)
         limit = loss_limit(training)
         if limit is not None:
             lowest = float(training["loss"].min())
             for axes in figure.axes:
                 axes.set_ylim(lowest - 0.05 * (limit - lowest), limit)
-        return _drawn(figure)
+        return drawn(figure)
 
 
 def loss_limit(training: pd.DataFrame) -> float | None:
@@ -189,7 +124,7 @@ def _draw_outcomes(
     axes.tick_params(axis="y", length=0)
     bases = [row for row in summary.to_dict("records") if kinds[row["run"]] == BASE_KIND]
     if len(bases) == 1 and not math.isnan(bases[0][panel.name]):
-        axes.axvline(bases[0][panel.name], color=_SOFT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        axes.axvline(bases[0][panel.name], color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     for position, row in enumerate(summary.to_dict("records")):
         mean, low, high = row[panel.name], row[f"{panel.name}_low"], row[f"{panel.name}_high"]
         if math.isnan(mean):
@@ -200,14 +135,14 @@ def _draw_outcomes(
                 xycoords=("axes fraction", "data"),
                 va="center",
                 fontsize=7,
-                color=_SOFT,
+                color=SOFT,
                 backgroundcolor="white",
             )
             continue
         look = looks[kinds[row["run"]]]
         if not math.isnan(low):
             axes.errorbar(
-                mean, position, xerr=[[mean - low], [high - mean]], color=_INK, linewidth=1.0, capsize=2.5, zorder=2
+                mean, position, xerr=[[mean - low], [high - mean]], color=INK, linewidth=1.0, capsize=2.5, zorder=2
             )
         axes.plot(mean, position, linestyle="none", zorder=3, clip_on=False, **look)
     if panel.is_rate:
@@ -222,7 +157,7 @@ def _overlaid(curves: Mapping[str, pd.DataFrame], width: Width) -> Figure:
     labels = [wrapped(run, 48, max_lines=2) for run in curves]
     per_row = 2 if width == "page" else 1
     lines = sum(label.count("\n") + 1 for label in labels) / per_row
-    figure = _figure(width, 2.6 + 0.16 * math.ceil(lines))
+    figure = new_figure(width, 2.6 + 0.16 * math.ceil(lines))
     axes = figure.subplots()
     for index, (curve, label) in enumerate(zip(curves.values(), labels, strict=True)):
         every = max(1, len(curve) // 8)
@@ -230,9 +165,9 @@ def _overlaid(curves: Mapping[str, pd.DataFrame], width: Width) -> Figure:
             curve["step"],
             curve["loss"],
             label=label,
-            color=_COLORS[index],
-            linestyle=_LINES[index],
-            marker=("o", *_MARKERS)[index],
+            color=COLORS[index],
+            linestyle=LINES[index],
+            marker=("o", *MARKERS)[index],
             markevery=(index % every, every),  # staggered, so that curves that agree do not hide each other's markers
             markeredgecolor="white",
             markeredgewidth=0.4,
@@ -248,13 +183,13 @@ def _side_by_side(curves: Mapping[str, pd.DataFrame], kinds: Mapping[str, str], 
     per_row = _CURVES_PER_ROW[width]
     num_rows = math.ceil(len(curves) / per_row)
     titles = [wrapped(run, 24, max_lines=3) for run in curves]
-    figure = _figure(width, num_rows * (1.15 + 0.11 * max(title.count("\n") for title in titles)) + 0.4)
+    figure = new_figure(width, num_rows * (1.15 + 0.11 * max(title.count("\n") for title in titles)) + 0.4)
     grid = figure.subplots(num_rows, per_row, squeeze=False, sharex=True, sharey=True)
     reference = next((run for run in curves if kinds.get(run) == UNDEFENDED_KIND), None)
     for axes, (run, curve), title in zip(grid.flat, curves.items(), titles, strict=False):
         if reference is not None and run != reference:
             axes.plot(curves[reference]["step"], curves[reference]["loss"], color="#a8a8a8", linestyle="--")
-        axes.plot(curve["step"], curve["loss"], color=_INK)
+        axes.plot(curve["step"], curve["loss"], color=INK)
         axes.set_title(title, fontsize=6.5, fontweight="normal")
         axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     for axes in grid.flat[len(curves) :]:
@@ -277,41 +212,11 @@ def _looks(kinds: Iterator[str]) -> dict[str, dict[str, Any]]:
     """Marker and colour by kind of defense: base and undefended are the same in every figure, others in order."""
     looks: dict[str, dict[str, Any]] = {}
     fixed = {
-        BASE_KIND: {"marker": "D", "color": "white", "markeredgecolor": _INK, "markersize": 4.5},
-        UNDEFENDED_KIND: {"marker": "o", "color": _INK, "markeredgecolor": _INK, "markersize": 5},
+        BASE_KIND: {"marker": "D", "color": "white", "markeredgecolor": INK, "markersize": 4.5},
+        UNDEFENDED_KIND: {"marker": "o", "color": INK, "markeredgecolor": INK, "markersize": 5},
     }
     for kind in dict.fromkeys(kinds):
         number = len([known for known in looks if known not in fixed])
-        look = {"marker": _MARKERS[number % len(_MARKERS)], "color": _COLORS[number % len(_COLORS)]}
-        looks[kind] = fixed.get(kind, look | {"markeredgecolor": _INK, "markeredgewidth": 0.5, "markersize": 5.5})
+        look = {"marker": MARKERS[number % len(MARKERS)], "color": COLORS[number % len(COLORS)]}
+        looks[kind] = fixed.get(kind, look | {"markeredgecolor": INK, "markeredgewidth": 0.5, "markersize": 5.5})
     return looks
-
-
-def _figure(width: Width, height_inches: float) -> Figure:
-    figure = Figure(figsize=(_WIDTH_INCHES[width], height_inches), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-@contextmanager
-def _style(width: Width) -> Iterator[None]:
-    """Our style alone, whatever a user's matplotlibrc says."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        style: Any = _STYLE | (_LARGER_IN_COLUMN if width == "column" else {})  # its stub lists every key as a literal
-        matplotlib.rcParams.update(style)
-        yield
-
-
-def _drawn(figure: Figure) -> Drawn:
-    """Both files without the time and the program that made them. To be called inside ``_style``."""
-    files: dict[str, bytes] = {}
-    metadata: dict[str, dict[str, Any]] = {
-        "png": {"Software": None},
-        "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
-    }
-    for kind, facts in metadata.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=200, metadata=facts)
-        files[kind] = buffer.getvalue()
-    return Drawn(**files)

@@ -15,7 +15,8 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from analysis.figures import Drawn, Width, loss_limit, outcomes, steps_per_point, training_curves
+from analysis.figure_style import Drawn, Width
+from analysis.figures import loss_limit, outcomes, steps_per_point, training_curves
 from analysis.manifest import sweep_key
 from analysis.report_content import (
     clean,

@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from analysis import figures
-from analysis.figures import Drawn, Panel, Width, loss_limit, outcomes, steps_per_point, training_curves, wrapped
+from analysis import figure_style, figures
+from analysis.figure_style import Drawn, Width
+from analysis.figures import Panel, loss_limit, outcomes, steps_per_point, training_curves, wrapped
 
 PANELS = [
     Panel("trait", "trait rate", True),
@@ -58,13 +59,13 @@ def training(num_runs: int, num_steps: int) -> pd.DataFrame:
 def drawn_figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The matplotlib figures that were turned into files during the test."""
     kept: list[Figure] = []
-    original = figures._drawn
+    original = figure_style.drawn
 
     def keep(figure: Figure) -> Drawn:
         kept.append(figure)
         return original(figure)
 
-    monkeypatch.setattr(figures, "_drawn", keep)
+    monkeypatch.setattr(figures, "drawn", keep)
     return kept
 
 
