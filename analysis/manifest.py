@@ -50,6 +50,11 @@ def vector_key(vector_id: str) -> str:
     return f"vectors/{vector_id}.safetensors"
 
 
+def tensors_key(shard_id: str) -> str:
+    """Key of the tensors that a shard of a measurement hands to the merge step."""
+    return f"measurements/{shard_id}.safetensors"
+
+
 def log_key(run_id: str) -> str:
     """Key of the log of a run or base."""
     return f"runs/{run_id}/log.txt"
@@ -68,13 +73,39 @@ class RunEntry(Config):
     scales: dict[str, tuple[float, float]] = Field(default_factory=dict)  # metric name -> least and greatest value
 
 
+class MeasureEntry(Config):
+    """One measurement of one run or base.
+
+    Its stored tables are those of its shards, and for ``merged_tables`` that of its merge step. They hold ids where a
+    reader wants names, because a name is in no identity: ``names`` says which is which.
+    """
+
+    name: str = Field(min_length=1)  # in the sweep
+    kind: str
+    run: str = Field(min_length=1)  # label
+    run_id: TaskId
+    shard_ids: tuple[TaskId, ...]
+    tables: tuple[str, ...]  # of every shard
+    has_tensors: bool = False  # whether every shard has tensors too
+    merge_id: TaskId | None = None
+    merged_tables: tuple[str, ...] = ()
+    names: dict[str, str] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict)  # as the sweep file has it, defaults included
+
+    def sources(self, table: str) -> tuple[TaskId, ...]:
+        """The tasks that make rows of ``table``."""
+        merged = (self.merge_id,) if table in self.merged_tables and self.merge_id is not None else ()
+        return (*(self.shard_ids if table in self.tables else ()), *merged)
+
+
 class Manifest(Config):
-    """A sweep: its rows in order and its vectors (name -> task id)."""
+    """A sweep: its rows in order, its vectors (name -> task id) and its measurements."""
 
     format: int = FORMAT
     name: str = Field(min_length=1)
     runs: tuple[RunEntry, ...]
     vectors: dict[str, TaskId]
+    measurements: tuple[MeasureEntry, ...] = ()
 
     @model_validator(mode="after")
     def _labels_are_unique(self) -> Manifest:

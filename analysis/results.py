@@ -7,11 +7,12 @@ the store as it is now.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pandas as pd
 import pyarrow as pa
@@ -20,6 +21,7 @@ from analysis.groups import has_several_seeds, over_seeds, summarize_groups
 from analysis.manifest import (
     Failure,
     Manifest,
+    MeasureEntry,
     RunEntry,
     RunRecord,
     failures_key,
@@ -29,13 +31,14 @@ from analysis.manifest import (
     read_run_record,
     run_key,
     sweep_key,
+    tensors_key,
     vector_key,
 )
 from analysis.one_run import Run, find_run
 from analysis.quantities import Measured, measured
 from analysis.rows import RunRow
 from analysis.summary import summarize
-from analysis.tables import columns_of, read_parquet, schema_of, table_key
+from analysis.tables import TABLES, columns_of, read_parquet, schema_of, table_key
 from trainables.errors import ConfigError, Fault, StoreError
 
 if TYPE_CHECKING:
@@ -87,6 +90,23 @@ def _tasks(entry: RunEntry) -> Iterator[_Task]:
         yield _Task("plain loss", entry.plain_loss_id, table_key("losses", entry.plain_loss_id))
 
 
+def _measurement_keys(entry: MeasureEntry) -> dict[str, list[str]]:
+    """The tasks of a measurement, each with the keys of what it makes."""
+    keys = {
+        shard: [
+            *(table_key(table, shard) for table in entry.tables),
+            *([tensors_key(shard)] if entry.has_tensors else []),
+        ]
+        for shard in entry.shard_ids
+    }
+    if entry.merge_id is not None:
+        keys[entry.merge_id] = [table_key(table, entry.merge_id) for table in entry.merged_tables]
+    return keys
+
+
+_OfARun: TypeAlias = RunEntry | MeasureEntry
+
+
 @dataclass(frozen=True, repr=False)
 class Results:
     """The tables of one sweep. ``root`` is the store's folder, ``name`` the sweep's in it."""
@@ -111,13 +131,60 @@ class Results:
         return scores.merge(answers, how="left", on=_ANSWER_KEY, validate="many_to_one")
 
     def losses(self) -> pd.DataFrame:
-        """One row per data row and condition; ``data`` says which file: ``plain``, the held-out plain answers."""
+        """One row per data row and condition. ``data`` says what of: ``plain``, the held-out plain answers of the
+        evaluation, or the name of a measurement."""
+        measured = self.measured("losses").rename(columns={"measurement": "data"})
+        plain = self._plain_losses()
+        return pd.concat([plain, measured[plain.columns]], ignore_index=True) if len(measured) else plain
+
+    def _plain_losses(self) -> pd.DataFrame:
         sources = [
             (entry, entry.plain_loss_id, {"data": PLAIN})
             for entry in self.manifest.runs
             if entry.plain_loss_id is not None
         ]
         return self._frame("losses", sources, extra=("data",))
+
+    def measured(self, table: str) -> pd.DataFrame:
+        """What the sweep's measurements put into a stored table, with the measurement's name, the label of the model
+        and the sweep's names of vectors and conditions. Raises StoreError for a table that is not stored."""
+        parts = [self._frame(table, [], extra=("measurement",))]
+        for entry in self.manifest.measurements:
+            marks = {"measurement": entry.name}
+            part = self._frame(table, [(entry, task, marks) for task in entry.sources(table)], extra=("measurement",))
+            texts = [name for name in schema_of(table).names if schema_of(table).field(name).type == pa.string()]
+            for name in texts if len(part) else ():
+                part[name] = part[name].replace(entry.names)
+            parts.append(part)
+        filled = [part for part in parts if len(part)]
+        return pd.concat(filled, ignore_index=True) if filled else parts[0]
+
+    def gradients(self) -> pd.DataFrame:
+        """One row per measured data row, condition, layer and vector: the cosine of the loss gradient with it."""
+        return self.measured("gradients")
+
+    def measurements(self) -> pd.DataFrame:
+        """One row per measurement and model: how many of its shards are done, and what it makes."""
+        rows = []
+        for entry in self.manifest.measurements:
+            keys = _measurement_keys(entry)
+            done = sum(all(self._exists(key) for key in keys[shard]) for shard in entry.shard_ids)
+            is_done = all(self._exists(key) for found in keys.values() for key in found)
+            failed = [self._failures()[task] for task in keys if task in self._failures()] if not is_done else []
+            rows.append(
+                {
+                    "measurement": entry.name,
+                    "kind": entry.kind,
+                    "run": entry.run,
+                    "run_id": entry.run_id,
+                    "status": "done" if is_done else failed[0].kind if failed else "missing",
+                    "shards_done": done,
+                    "num_shards": len(entry.shard_ids),
+                    "tables": ", ".join((*entry.tables, *entry.merged_tables)),
+                }
+            )
+        columns = ["measurement", "kind", "run", "run_id", "status", "shards_done", "num_shards", "tables"]
+        return pd.DataFrame(rows, columns=columns)
 
     def runs(self) -> pd.DataFrame:
         """One row per row of the sweep, in its order: status, every config field as a column, timings and tokens.
@@ -176,6 +243,12 @@ class Results:
             known.add(vector_id)
             if vector_id in failures and not self._exists(vector_key(vector_id)):
                 rows.append(_failure_row(vector_id, failures, None, None, f"vector {name}"))
+        for measure in self.manifest.measurements:
+            for task_id, keys in _measurement_keys(measure).items():
+                known.add(task_id)
+                if task_id in failures and not all(self._exists(key) for key in keys):
+                    what = f"measure {measure.name}"
+                    rows.append(_failure_row(task_id, failures, measure.run, measure.run_id, what))
         rows += [_failure_row(task_id, failures, None, None, None) for task_id in failures if task_id not in known]
         columns = ["run", "run_id", "task", "task_id", "kind", "reason", "log_tail"]
         return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype="str") for name in columns})
@@ -190,7 +263,7 @@ class Results:
         return READERS[name](self)
 
     def _measured(self) -> Measured:
-        return measured(self.manifest.runs, self.runs(), self.generations(), self._scores(), self.losses())
+        return measured(self.manifest.runs, self.runs(), self.generations(), self._scores(), self._plain_losses())
 
     def _scores(self) -> pd.DataFrame:
         sources = [
@@ -201,7 +274,7 @@ class Results:
         return self._frame("scores", sources, extra=("metric",))
 
     def _frame(
-        self, table: str, sources: list[tuple[RunEntry, str, dict[str, str]]], extra: tuple[str, ...] = ()
+        self, table: str, sources: Sequence[tuple[_OfARun, str, dict[str, str]]], extra: tuple[str, ...] = ()
     ) -> pd.DataFrame:
         """The stored tables of ``sources`` (entry, task id, values of the ``extra`` columns) under each other."""
         labels = pa.schema([(name, pa.string()) for name in ("run", "run_id", *extra)])
@@ -212,7 +285,8 @@ class Results:
             if not self._exists(key):
                 continue
             rows = read_parquet(self.root / key, table)
-            marks = {"run": entry.label, "run_id": entry.run_id, **values}
+            label = entry.run if isinstance(entry, MeasureEntry) else entry.label
+            marks = {"run": label, "run_id": entry.run_id, **values}
             repeated = [pa.repeat(pa.scalar(marks[name], pa.string()), rows.num_rows) for name in labels.names]
             parts.append(pa.Table.from_arrays([*repeated, *rows.columns], schema=schema))
         return pa.concat_tables(parts).to_pandas()
@@ -308,9 +382,15 @@ READERS: dict[str, Callable[[Results], pd.DataFrame]] = {
     "generations": Results.generations,
     "scores": Results.scores,
     "losses": Results.losses,
+    "measurements": Results.measurements,
     "failures": Results.failures,
 }
-"""The tables of a sweep by name."""
+READERS |= {
+    name: functools.partial(lambda results, table: results.measured(table), table=name)
+    for name in TABLES
+    if name not in READERS
+}
+"""The tables of a sweep by name; those that measurements alone make are read as they are declared."""
 
 
 def _failure_row(

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from engine import cli_formats, cli_results, cli_run
+from engine import cli_formats, cli_measure, cli_results, cli_run
 from trainables.errors import ShiftgradError
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ def options(
 # In the order in which --help lists them.
 app.command()(cli_run.run)
 app.command()(cli_run.plan)
+app.command()(cli_measure.measure)
 app.command()(cli_run.rescore)
 app.command()(cli_run.init)
 app.command()(cli_results.table)

@@ -13,7 +13,13 @@ from rich.text import Text
 
 def table(
     path: Annotated[Path, typer.Argument(help="a sweep's folder in the store", show_default=False)],
-    name: Annotated[str, typer.Argument(help="summary, runs, training, generations, scores, losses or failures")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="summary, runs, training, generations, scores, losses, measurements, failures, or what measurements "
+            "make: gradients, similarities, projections, components, component_scores, activation_changes, predictions"
+        ),
+    ],
     csv: Annotated[bool, typer.Option("--csv", help="comma-separated values on standard output")] = False,
     by: Annotated[
         list[str] | None,

@@ -32,7 +32,7 @@ class Garbage:
 
 def find_garbage(store: Store) -> list[Garbage]:
     """What can be removed, in order of key. Raises StoreError if a sweep is being run."""
-    named = {"inputs": set[str](), "runs": set[str](), "vectors": set[str](), "tables": set[str]()}
+    named = {name: set[str]() for name in ("runs", "vectors", "tables")}
     for sweep in store.names("sweeps"):
         holder = current_holder(store, sweep)
         if holder is not None:
@@ -46,7 +46,12 @@ def find_garbage(store: Store) -> list[Garbage]:
             named["tables"] |= {entry.run_id, entry.sample_id, *entry.judge_ids.values()}
             if entry.plain_loss_id is not None:
                 named["tables"].add(entry.plain_loss_id)
+        for measure in manifest.measurements:
+            named["tables"] |= {*measure.shard_ids, *([measure.merge_id] if measure.merge_id else [])}
     found = []
+    for name in store.names("measurements"):
+        if name.removesuffix(".safetensors") not in named["tables"]:
+            found.append(_garbage(store, f"measurements/{name}", "no sweep names it"))
     for name in store.names("vectors"):
         if name.removesuffix(".safetensors") not in named["vectors"]:
             found.append(_garbage(store, f"vectors/{name}", "no sweep names it"))

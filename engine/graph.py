@@ -21,6 +21,7 @@ from trainables.base_model import ResolvedBase
 from trainables.defenses import defense_label
 from trainables.errors import Fault
 from trainables.sample import Question, SamplingConfig
+from trainables.shapes import ModelShape
 from trainables.train import num_optimizer_steps
 
 BASE = "base"  # label of the untrained base
@@ -64,6 +65,7 @@ class Graph:
         self.entries: list[RunEntry] = []
         self.base_entries: list[RunEntry] = []
         self.base_of: dict[str, RunEntry] = {}  # by label of the run
+        self.shapes: dict[str, ModelShape] = {}  # by run, and base
         self.proofs = RowProofs(sources)
 
     def smoke(self, cells: Sequence[SoundCell]) -> Graph:
@@ -111,6 +113,7 @@ class Graph:
         self._job(self.run_jobs, sound, train.id, cell.label, train)
 
         base_id = base_run_id(base)
+        self.shapes[train.id] = self.shapes[base_id] = sound.found.shape
         number = len(self.base_entries) + 1
         label = BASE if number == 1 else f"{BASE} #{number}"
         shared = ("base", "evaluation")

@@ -55,7 +55,22 @@ def status_view(results: Results) -> RenderableType:
         f"{name} ({'done' if store.exists(vector_key(vector)) else 'missing'})"
         for name, vector in results.manifest.vectors.items()
     ]
-    return Group(heading, *([Text(f"vectors: {', '.join(vectors)}")] if vectors else []), table)
+    lines_of_vectors = [Text(f"vectors: {', '.join(vectors)}")] if vectors else []
+    return Group(heading, *lines_of_vectors, table, *_measurements_table(results))
+
+
+def _measurements_table(results: Results) -> list[RenderableType]:
+    """How far every measurement is; nothing where there is none."""
+    frame = results.measurements()
+    if frame.empty:
+        return []
+    table = plain_table()
+    for column in ("measurement", "of", "status", "shards"):
+        table.add_column(column, overflow="fold")
+    for row in frame.to_dict("records"):
+        shards = f"{row['shards_done']} of {row['num_shards']}"
+        table.add_row(*(Text(str(text)) for text in (row["measurement"], row["run"], row["status"], shards)))
+    return ["", table]
 
 
 def show_view(results: Results, entry: RunEntry) -> RenderableType:

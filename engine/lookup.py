@@ -32,6 +32,7 @@ class Found:
     """Everything that a cell names, found."""
 
     base: ResolvedBase
+    shape: ModelShape
     train_content: str
     prompts: Mapping[str, tuple[str, ...]]  # trait -> its inoculation prompts
     questions: tuple[QuestionText, ...]
@@ -52,7 +53,7 @@ def look_up(named: Named, key: Key, sources: Sources, vectors: VectorTasks) -> F
         return None
     if questions is None or plain_answers is None or metrics is None:
         return None
-    return Found(base[0], content, prompts, questions, plain_answers, plain_key, metrics)
+    return Found(*base, content, prompts, questions, plain_answers, plain_key, metrics)
 
 
 def vector_names(defense: tuple[Item | None, ...]) -> list[str]:

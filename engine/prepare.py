@@ -16,6 +16,7 @@ from analysis.manifest import Manifest, RunEntry
 from engine.graph import BASE, Cost, Graph, SoundCell
 from engine.lookup import look_up
 from engine.machine import Machine, gpus_per_trial, num_trials, resource_faults
+from engine.measure_tasks import MeasureCost, MeasureTasks, Target, base_targets
 from engine.named import named
 from engine.only import parse, select
 from engine.proved import Proved
@@ -26,6 +27,7 @@ from engine.sweep_file import Sweep, check_sweep
 from engine.tasks import (
     Job,
     JudgeTask,
+    measurements_of,
     part_of,
 )
 from engine.trackers import tracker_faults
@@ -47,6 +49,7 @@ class Prepared:
     judge_tasks: Mapping[str, JudgeTask]
     inputs: Mapping[str, bytes]  # by sha256
     costs: Mapping[str, Cost]  # by label
+    measure_costs: Mapping[tuple[str, str], MeasureCost]  # by measurement and label
     asked: tuple[RunEntry, ...]  # rows of the manifest
     device: str
     num_trials: int
@@ -54,6 +57,7 @@ class Prepared:
     proved: Mapping[str, Sequence[int]]  # see engine/proved.py
     only: str | None = None
     smoke: bool = False
+    measure_only: bool = False
 
     @property
     def num_runs(self) -> int:
@@ -66,12 +70,19 @@ class Prepared:
 
 
 def prepare(
-    path: str | Path, overrides: Sequence[str], machine: Machine, *, only: str | None = None, smoke: bool = False
+    path: str | Path,
+    overrides: Sequence[str],
+    machine: Machine,
+    *,
+    only: str | None = None,
+    smoke: bool = False,
+    measure_only: bool = False,
 ) -> Prepared:
     """Read, check and expand a sweep file. Raises ConfigError with every fault.
 
     ``only``: do what the runs that it selects need, see engine/only.py. ``smoke``: every cell cut short, in a store of
-    its own, see engine/smoke.py; ``only`` selects by the settings of the file, as without ``smoke``.
+    its own, see engine/smoke.py; ``only`` selects by the settings of the file, as without ``smoke``. ``measure_only``:
+    do the measurements and what they need, and sample from no run.
     """
     sweep, faults = check_sweep(path, overrides)
     faults += parse(only)[1] if only is not None else []
@@ -87,6 +98,9 @@ def prepare(
     vectors = VectorTasks(sweep.vectors, sources)
     graph = Graph(sweep, sources, vectors)
     cells = _look_up_all(sweep, sources, vectors, graph)
+    measures = _measures(sweep, sources, vectors, graph)
+    if measure_only and not sweep.measure:
+        faults.append(Fault("measure", "the file has no measurements; `shiftgrad run` does its runs"))
     if faults:
         raise ConfigError(faults)
     chosen, only_faults = select(only, graph.entries) if only is not None else (None, [])
@@ -97,15 +111,28 @@ def prepare(
         raise ConfigError(faults)
     if smoke:
         graph = graph.smoke(cells)
+        measures = _measures(sweep, sources, vectors, graph, smoke=True)
     asked = graph.rows(chosen)
-    jobs: dict[str, Job] = {**vectors.jobs, **graph.base_jobs, **graph.run_jobs}
+    jobs: dict[str, Job] = {
+        **vectors.jobs,
+        **measures.base_jobs,
+        **graph.base_jobs,
+        **graph.run_jobs,
+        **measures.run_jobs,
+    }
+    asked_jobs = jobs if only is None else part_of(jobs, asked)
+    if measure_only:
+        asked_jobs = measurements_of(asked_jobs)
     return Prepared(
         sweep=replace(sweep, results=stores[-1]),
-        manifest=Manifest(name=sweep.name, runs=graph.rows(None), vectors=vectors.ids),
-        jobs=jobs if only is None else part_of(jobs, asked),
-        judge_tasks={judge_id: graph.judge_tasks[judge_id] for judge_id in _judge_ids(asked)},
+        manifest=Manifest(
+            name=sweep.name, runs=graph.rows(None), vectors=vectors.ids, measurements=tuple(measures.entries)
+        ),
+        jobs=asked_jobs,
+        judge_tasks={} if measure_only else {judge_id: graph.judge_tasks[judge_id] for judge_id in _judge_ids(asked)},
         inputs=sources.inputs,
         costs=graph.costs(),
+        measure_costs=measures.costs(),
         asked=asked,
         device="cuda" if gpus > 0 else "cpu",
         num_trials=num_trials(execution, machine),
@@ -113,7 +140,19 @@ def prepare(
         proved=proved.kept,
         only=only,
         smoke=smoke,
+        measure_only=measure_only,
     )
+
+
+def _measures(
+    sweep: Sweep, sources: Sources, vectors: VectorTasks, graph: Graph, *, smoke: bool = False
+) -> MeasureTasks:
+    """The measurements of the sound runs of ``graph`` and of their bases."""
+    measures = MeasureTasks(sweep, sources, vectors, graph.proofs)
+    runs = [Target(job.label, job.id, job.base, graph.shapes[job.id], False) for job in graph.run_jobs.values()]
+    bases = base_targets(sweep, sources, graph.base_jobs.values(), graph.shapes)
+    measures.add_all(bases, runs, smoke=smoke)
+    return measures
 
 
 def _judge_ids(entries: Sequence[RunEntry]) -> list[str]:

@@ -24,6 +24,7 @@ from trainables.config import Config
 from trainables.errors import ConfigError, Fault
 
 REQUIRED = "required"
+_MEASURE = "measure"
 
 _SCALARS: Mapping[object, str] = {
     str: "text",
@@ -69,12 +70,12 @@ class Section:
 
 def sweep_sections() -> tuple[Section, ...]:
     """The sections of a sweep file, each before what is inside it; the top level, first, has the path ``""``."""
-    return tuple(_sections("", "", SweepFile))
+    return tuple(_sections("", "", SweepFile, {}))
 
 
 def trait_sections() -> tuple[Section, ...]:
     """The sections of a ``trait.yaml``, in the same order."""
-    return tuple(_sections("", "", Trait))
+    return tuple(_sections("", "", Trait, {}))
 
 
 def find_sections(word: str) -> list[Section]:
@@ -103,14 +104,21 @@ def find_sections(word: str) -> list[Section]:
     return found
 
 
-def _sections(path: str, kind: str, model: type[Config]) -> Iterator[Section]:
+def _sections(path: str, kind: str, model: type[Config], described: dict[type[Config], str]) -> Iterator[Section]:
+    """``described``: the models that have a section already, with its title. What measurements share with runs, or
+    among themselves, is not said again."""
+    title = Section(path, kind, "", ()).title
+    described.setdefault(model, title)
     keys: list[Key] = []
     inner: list[Section] = []
     for name, field in model.model_fields.items():
         found = list(_models(f"{path}.{name}".removeprefix("."), _annotation(model, name, field)))
         titles = []
         for place, one in found:
-            below = list(_sections(place, _kind(one, several=len(found) > 1), one))
+            if place.startswith(f"{_MEASURE}.") and one in described:
+                titles.append(described[one])
+                continue
+            below = list(_sections(place, _kind(one, several=len(found) > 1), one, described))
             titles.append(below[0].title)
             inner += below
         keys.append(_key(model, name, field, tuple(titles)))

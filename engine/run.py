@@ -8,6 +8,7 @@ import platform
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +25,12 @@ from engine.judging import is_judged, missing_keys
 from engine.lease import Lease
 from engine.machine import read_cluster, read_machine
 from engine.prepare import Prepared, prepare
-from engine.progress import ProgressView, make_progress
+from engine.progress import ProgressView, duration, make_progress
 from engine.proved import proved_key
 from engine.ray_session import RaySession
 from engine.stopping import Stoppable
 from engine.store import Store
-from engine.tasks import Job, JudgeTask, RunJob
+from engine.tasks import Job, JudgeTask, MeasureJob, RunJob
 from engine.trackers.feed import Feed
 from engine.versions import versions
 from trainables.errors import ConfigError
@@ -64,6 +65,7 @@ class _Watcher:
     pool: JudgePool | None = None
     failures: dict[str, Failure] = field(default_factory=dict)
     begun: dict[str, float] = field(default_factory=dict)
+    num_shards: Counter[tuple[str, str]] = field(default_factory=Counter)  # not done, by measurement and model
 
     def _label(self, job_id: str) -> str:
         return self.prepared.jobs[job_id].label
@@ -83,7 +85,19 @@ class _Watcher:
             for sample in job.samples:
                 self.pool.submit(sample.id)
         seconds = time.monotonic() - self.begun.get(job_id, time.monotonic())
-        self.view.job_ended(job_id, self._label(job_id), f"done in {seconds:.0f} s")
+        left = ""
+        if isinstance(job, MeasureJob):
+            self.num_shards[job.name, job.run] -= 1
+            left = self._shards_left(job, seconds)
+        self.view.job_ended(job_id, self._label(job_id), f"done in {seconds:.0f} s{left}")
+
+    def _shards_left(self, job: MeasureJob, seconds: float) -> str:
+        """How many shards of the same measurement and model are still open, and how long they take at this pace."""
+        num_left = self.num_shards[job.name, job.run]
+        if num_left == 0:
+            return ""
+        guess = duration(num_left * seconds / min(self.prepared.num_trials, num_left))
+        return f"; {num_left} more shard{'s' if num_left != 1 else ''}, about {guess}"
 
     def failed(self, job_id: str, reason: str) -> None:
         failure = Failure(kind="failed", reason=reason, log_tail=self._log_tail(job_id))
@@ -123,6 +137,7 @@ def run_sweep(
     address: str | None = None,
     only: str | None = None,
     smoke: bool = False,
+    measure_only: bool = False,
 ) -> Outcome:
     """Do everything that the sweep file means and is not done yet, and return its results.
 
@@ -137,7 +152,7 @@ def run_sweep(
     with Stoppable() as driver, RaySession(address) as session:
         nodes = session.nodes()
         machine = read_cluster(nodes) if nodes else read_machine()
-        prepared = prepare(path, overrides, machine, only=only, smoke=smoke)
+        prepared = prepare(path, overrides, machine, only=only, smoke=smoke, measure_only=measure_only)
         store = Store.open(prepared.sweep.results, create=True)
 
         def lost(reason: str) -> None:
@@ -159,7 +174,8 @@ def _run_sweep(prepared: Prepared, store: Store, console: Console, session: RayS
     write_sweep(prepared, store)
     jobs = pending_jobs(prepared, store)
     view = make_progress(console)
-    watcher = _Watcher(prepared, store, view)
+    num_shards = Counter((job.name, job.run) for job in jobs.values() if isinstance(job, MeasureJob))
+    watcher = _Watcher(prepared, store, view, num_shards=num_shards)
     watcher.publish_failures()  # those of an earlier invocation are history
     feed = _feed(prepared, store, console)
     try:
@@ -245,7 +261,12 @@ def provenance(prepared: Prepared) -> dict[str, Any]:
     options = [*(["--only", prepared.only] if prepared.only is not None else []), *(["--smoke"] * prepared.smoke)]
     return {
         "sweep_file": prepared.sweep.path.name,
-        "arguments": ["run", prepared.sweep.path.name, *prepared.sweep.overrides, *options],
+        "arguments": [
+            "measure" if prepared.measure_only else "run",
+            prepared.sweep.path.name,
+            *prepared.sweep.overrides,
+            *options,
+        ],
         "started_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "git_revision": _git_revision(),

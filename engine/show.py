@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,11 +17,12 @@ from rich.text import Text
 from analysis.results import Results
 from engine.graph import Cost
 from engine.judge_costs import judge_costs
+from engine.measure_tasks import MeasureCost
 from engine.prepare import Prepared
 from engine.run import pending_jobs, pending_judge_tasks
 from engine.smoke import WHAT
 from engine.store import Store
-from engine.tasks import RunJob
+from engine.tasks import VectorJob
 from trainables.errors import StoreError
 
 _ENOUGH_CHARACTERS = 20  # a longer value can be read in a column of this width
@@ -67,17 +69,20 @@ def plan_table(prepared: Prepared) -> Table:
     for heading in ("steps", "training\ntokens", "answers", "judge-\nments"):
         number_column(table, heading)
     for job in prepared.jobs.values():
-        if not isinstance(job, RunJob):
+        if isinstance(job, VectorJob):
             table.add_row(Text(job.label), job.id, _done(job.id not in pending))
     for entry in prepared.asked:
         done = entry.run_id not in pending and not set(entry.judge_ids.values()) & unjudged
         numbers = _numbers(prepared.costs[entry.label])
         table.add_row(Text(entry.label), entry.run_id, _done(done), *numbers)
+    measurements, notes = _planned_measurements(prepared, pending)
+    for row in measurements:
+        table.add_row(*row)
     table.add_section()
     table.add_row("all", "", "", *_numbers(total_cost(prepared)))
     tasks = [task for task in prepared.judge_tasks.values() if task.id in unjudged]
     asked = judge_costs(tasks, prepared.jobs.values(), prepared.sweep.endpoints)
-    notes = [cost.describe() for cost in asked] or ["judgements by rule cost nothing"]
+    notes += [cost.describe() for cost in asked] or ["judgements by rule cost nothing"]
     if prepared.only is not None:
         notes.append(f"{prepared.num_runs - prepared.num_asked} of {prepared.num_runs} runs not asked for (--only)")
     if prepared.smoke:
@@ -85,6 +90,25 @@ def plan_table(prepared: Prepared) -> Table:
     table.caption = Text("\n".join(notes))
     table.caption_justify = "left"
     return table
+
+
+def _planned_measurements(prepared: Prepared, pending: Set[str]) -> tuple[list[list[Any]], list[str]]:
+    """A row per measurement and model that is asked for, and what measuring takes in all."""
+    rows: list[list[Any]] = []
+    done: list[MeasureCost] = []
+    for entry in prepared.manifest.measurements:
+        ids = (*entry.shard_ids, *([entry.merge_id] if entry.merge_id else []))
+        if not set(ids) & set(prepared.jobs):
+            continue
+        cost = prepared.measure_costs[entry.name, entry.run]
+        open_shards = len(set(entry.shard_ids) & pending)
+        state = "yes" if not set(ids) & pending else "no" if open_shards == len(entry.shard_ids) else "partly"
+        rows.append([Text(f"measure {entry.name} of {entry.run}"), ids[-1], state, "", "", "", ""])
+        done.append(cost)
+    if not rows:
+        return rows, []
+    sums = [f"{sum(getattr(cost, name) for cost in done):,}" for name in ("num_shards", "num_forwards", "num_tokens")]
+    return rows, [f"measuring: {sums[0]} shards, {sums[1]} forward passes of a row, about {sums[2]} tokens"]
 
 
 def total_cost(prepared: Prepared) -> Cost:

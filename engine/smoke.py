@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from analysis.measurements import MeasurementConfig
 from engine.location import local_root
 from engine.sweep_models import Cell
 from engine.tasks import QuestionText
@@ -18,9 +19,10 @@ from trainables.errors import StoreError
 MAX_STEPS = 2
 NUM_QUESTIONS = 2
 MAX_NEW_TOKENS = 16
+NUM_ROWS = 2
 WHAT = (
     f"at most {MAX_STEPS} optimizer steps per training, {NUM_QUESTIONS} questions, one answer of at most "
-    f"{MAX_NEW_TOKENS} tokens to each"
+    f"{MAX_NEW_TOKENS} tokens to each, {NUM_ROWS} rows per measurement"
 )
 SUFFIX = "-smoke"
 
@@ -41,6 +43,12 @@ def smoke_cell(cell: Cell) -> Cell:
 def smoke_questions(questions: Sequence[QuestionText]) -> tuple[QuestionText, ...]:
     """The first of the questions."""
     return tuple(questions[:NUM_QUESTIONS])
+
+
+def smoke_measurement(measurement: MeasurementConfig) -> MeasurementConfig:
+    """The same conditions, layers and vectors on few rows, in two shards."""
+    samples = NUM_ROWS if measurement.samples is None else min(measurement.samples, NUM_ROWS)
+    return measurement.model_copy(update={"samples": samples, "rows_per_shard": 1})
 
 
 def smoke_results(results: str) -> str:

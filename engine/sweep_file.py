@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
+from analysis.measurements import MeasurementConfig
 from analysis.results import Results
 from analysis.vectors import VectorConfig
-from engine.cells import SECTIONS, UNLABELLED, FaultyCell, build_cells, cell_key
+from engine.cells import SECTIONS, UNLABELLED, Cells, FaultyCell, build_cells, cell_key
+from engine.conditions import Conditions, expand_conditions
 from engine.config_faults import format_path, nearest, show, validate
 from engine.endpoints import DEFAULT_ENDPOINT, EndpointConfig, endpoint_faults
 from engine.grid import is_grid
@@ -28,12 +30,15 @@ from engine.sweep_models import (
     Cell,
     EvaluationConfig,
     ExecutionConfig,
+    OneMeasurement,
     OneVector,
     SweepFile,
 )
 from engine.trackers import NO_TRACKERS, TrackersConfig
 from engine.yaml_text import read_yaml
-from trainables.config import NamesVector, Path, marked
+from trainables.base_model import BaseConfig
+from trainables.chat_data import DataConfig
+from trainables.config import Config, NamesVector, Path, marked
 from trainables.defenses import defense_label
 from trainables.errors import ConfigError, Fault, Interrupted
 
@@ -60,6 +65,8 @@ class Sweep:
     execution: ExecutionConfig
     endpoints: dict[str, EndpointConfig]
     trackers: TrackersConfig
+    measure: dict[str, MeasurementConfig]
+    conditions: Conditions
     raw: dict[str, Any]
     merged: tuple[Merged, ...] = field(repr=False, compare=False)  # per cell: where its parts stand in the file
     faulty: tuple[FaultyCell, ...] = field(default=(), repr=False, compare=False)  # empty in a sweep without faults
@@ -119,15 +126,24 @@ def check_sweep(path: str | FilePath, overrides: Sequence[str] = ()) -> tuple[Sw
     if raw is None:
         return None, faults
     faults += apply_overrides(raw, overrides)
+    conditions = expand_conditions(raw.get("measure"))
+    faults += conditions.faults
     file = {name: value for name, value in raw.items() if value is not None}  # a section left empty says nothing
     faults += [Fault(name, _unknown(name)) for name in file if name not in SweepFile.model_fields]
+    if "measure" in file:
+        file["measure"] = conditions.measure
     known = {name: value for name, value in file.items() if name in SweepFile.model_fields}
-    frame, frame_faults = validate(SweepFile, known)
+    frame, frame_faults = validate(SweepFile, known, lambda path: format_path(conditions.written(path)))
     faults += frame_faults
     misplaced = _misplaced_grids(known)
     faults += _vector_name_faults(_mapping(file, "vectors"))
     faults += [Fault(*fault) for fault in endpoint_faults(_sound_endpoints(file))]
-    built = build_cells(file)
+    if "runs" in file or not _mapping(file, "measure"):
+        built = build_cells(file)
+        if "runs" not in file:
+            faults.append(Fault("runs", "missing, and it has no default"))
+    else:
+        built = Cells(faults=_faults_without_runs(file))
     cells = built.sound
     faults += built.faults
     # What else is wrong with a value that is a misplaced grid follows from that.
@@ -148,6 +164,8 @@ def check_sweep(path: str | FilePath, overrides: Sequence[str] = ()) -> tuple[Sw
         execution=frame.execution if frame else _execution(file),
         endpoints={DEFAULT_ENDPOINT: EndpointConfig()} | (dict(frame.endpoints) if frame else _sound_endpoints(file)),
         trackers=frame.trackers if frame else without_faults(TrackersConfig, _mapping(file, "trackers")) or NO_TRACKERS,
+        conditions=conditions,
+        measure=dict(frame.measure) if frame else _sound_measurements(file),
         raw=raw,
         merged=tuple(built.merged),
         faulty=tuple(built.faulty),
@@ -183,6 +201,22 @@ def _unknown(name: str) -> str:
     if name in ExecutionConfig.model_fields:
         return f"unknown key; did you mean execution.{name}? allowed: {', '.join(SweepFile.model_fields)}"
     return f"unknown key; {nearest(name, SweepFile.model_fields)}"
+
+
+def _faults_without_runs(file: Mapping[str, Any]) -> list[Fault]:
+    """What is wrong with the sections of a file that only measures. Those about runs would say nothing there."""
+    faults = [
+        Fault(name, "says how runs are made, and the file has none; give runs, or leave it out")
+        for name in ("training", "evaluation", "axes")
+        if name in file
+    ]
+    sections: dict[str, type[Config]] = {"base": BaseConfig, "data": DataConfig}
+    for name, model in sections.items():
+        given = file.get(name, {})
+        if isinstance(given, dict) and (given or name == "base"):
+            _, found = validate(model, given)
+            faults += [Fault(f"{name}.{fault.key}" if fault.key else name, fault.message) for fault in found]
+    return faults
 
 
 def _mapping(file: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -261,4 +295,13 @@ def _sound_vectors(file: Mapping[str, Any]) -> dict[str, VectorConfig]:
         one, _ = validate(OneVector, {"vector": spec})
         if one is not None:
             sound[name] = one.vector
+    return sound
+
+
+def _sound_measurements(file: Mapping[str, Any]) -> dict[str, MeasurementConfig]:
+    sound: dict[str, MeasurementConfig] = {}
+    for name, given in _mapping(file, "measure").items():
+        one = without_faults(OneMeasurement, {"measurement": given})
+        if one is not None:
+            sound[str(name)] = one.measurement
     return sound

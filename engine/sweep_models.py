@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from analysis.judges import MetricConfig
+from analysis.measurements import MeasurementConfig
 from analysis.vectors import VectorConfig
 from engine.endpoints import EndpointConfig
 from engine.grid import GRID
@@ -138,12 +139,15 @@ class SweepFile(Config):
     """Vectors by the name that blocks call them."""
     training: dict[str, Any] = Field(default={})
     """The optimizer's side of every run."""
-    runs: tuple[dict[str, Any], ...] = Field(min_length=1)
-    """The blocks: each is one run, or with ``{grid: [...]}`` the product of its grids."""
+    runs: tuple[dict[str, Any], ...] = Field(default=(), min_length=1)
+    """The blocks: each is one run, or with ``{grid: [...]}`` the product of its grids. A file may have none if it
+    measures: then nothing is trained."""
     axes: dict[str, Any] = Field(default={})
     """Grids over every block, by the dotted name of what varies: ``seed: {grid: [0, 1, 2]}``."""
     evaluation: dict[str, Any] = Field(default={})
     """What is asked of every run and of the untrained base, and how answers are scored."""
+    measure: dict[Name, MeasurementConfig] = Field(default={})
+    """Measurements by name: what is read of the untrained base, or of runs, on rows of data."""
     execution: ExecutionConfig = ExecutionConfig()
     """How the work is placed."""
     endpoints: dict[Name, EndpointConfig] = Field(default={})
@@ -156,6 +160,12 @@ class OneVector(Config):
     """A vector for itself, to be checked while others are faulty."""
 
     vector: VectorConfig
+
+
+class OneMeasurement(Config):
+    """A measurement for itself, to be checked while others are faulty."""
+
+    measurement: MeasurementConfig
 
 
 class OneDefense(Config):

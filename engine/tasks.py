@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from analysis.judges import MetricConfig
-from analysis.manifest import RunEntry, run_key, vector_key
+from analysis.manifest import RunEntry, run_key, tensors_key, vector_key
+from analysis.measurements import MeasurementConfig
 from analysis.tables import table_key
 from analysis.vectors import VectorConfig
 from trainables.base_model import ResolvedBase
@@ -173,12 +174,79 @@ class RunJob(Config):
         return tuple(key for _, key in self.tasks())
 
 
-Job: TypeAlias = VectorJob | RunJob
+class MeasureJob(Config):
+    """Measures one shard: some rows of a data file, read by one model."""
+
+    id: str
+    label: str
+    base: ResolvedBase
+    run_id: str
+    is_base: bool
+    measurement: MeasurementConfig  # names vectors by task id and holds prompts as texts
+    content: str  # sha256 of the rows of the data
+    rows: tuple[int, ...]  # their indices in it
+    max_length: int
+    vector_ids: tuple[str, ...]
+    name: str  # the measurement's in the sweep
+    run: str  # label
+
+    @staticmethod
+    def identity(
+        run_id: str, measurement: MeasurementConfig, content: str, rows: Sequence[int], max_length: int
+    ) -> dict[str, Any]:
+        """The measurement must be resolved."""
+        read = {"run": run_id, "data": content, "rows": list(rows), "max_length": max_length}
+        return {"kind": f"measure/{measurement.kind}", "measurement": measurement.identity()} | read
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        return (*(() if self.is_base else (self.run_id,)), *self.vector_ids)
+
+    def tasks(self) -> tuple[tuple[str, str], ...]:
+        """The shard, once for each key that it makes."""
+        keys = [table_key(table, self.id) for table in self.measurement.tables]
+        return tuple((self.id, key) for key in [*keys, *([tensors_key(self.id)] * self.measurement.has_tensors)])
+
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(key for _, key in self.tasks())
+
+
+class MergeJob(Config):
+    """Makes something of all shards of one measurement of one model."""
+
+    id: str
+    label: str
+    measurement: MeasurementConfig  # as in the shards
+    shard_ids: tuple[str, ...]
+    vector_ids: tuple[str, ...]
+    name: str
+    run: str
+
+    @staticmethod
+    def identity(measurement: MeasurementConfig, shard_ids: Sequence[str]) -> dict[str, Any]:
+        return {
+            "kind": f"measure/{measurement.kind}/merge",
+            "measurement": measurement.identity(),
+            "shards": list(shard_ids),
+        }
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        return (*self.shard_ids, *self.vector_ids)
+
+    def tasks(self) -> tuple[tuple[str, str], ...]:
+        return tuple((self.id, table_key(table, self.id)) for table in self.measurement.merged_tables)
+
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(key for _, key in self.tasks())
+
+
+Job: TypeAlias = VectorJob | RunJob | MeasureJob | MergeJob
 
 
 def part_of(jobs: Mapping[str, Job], rows: Sequence[RunEntry]) -> dict[str, Job]:
     """What of a sweep's ``jobs`` some of its rows need, in the same order: their runs and bases, of those the
-    evaluations of ``rows`` alone, and the vectors that they rest on."""
+    evaluations of ``rows`` alone, their measurements, and the vectors that all this rests on."""
     part: dict[str, Job] = {}
     for row in rows:
         job = jobs[row.run_id]
@@ -192,9 +260,30 @@ def part_of(jobs: Mapping[str, Job], rows: Sequence[RunEntry]) -> dict[str, Job]
                 "losses": tuple(loss for loss in job.losses if loss.id in losses),
             }
         )
+    asked = set(part)
+    part |= {job.id: job for job in jobs.values() if isinstance(job, MeasureJob) and job.run_id in asked}
+    part |= {
+        job.id: job
+        for job in jobs.values()
+        if isinstance(job, MergeJob) and all(shard in part for shard in job.shard_ids)
+    }
+    return with_parents(jobs, part)
+
+
+def measurements_of(jobs: Mapping[str, Job]) -> dict[str, Job]:
+    """What of a sweep's ``jobs`` its measurements need, in the same order: trainings of runs that are measured, without
+    sampling from them, and vectors."""
+    part: dict[str, Job] = {job.id: job for job in jobs.values() if isinstance(job, MeasureJob | MergeJob)}
+    needed = with_parents(jobs, part)
+    bare: dict[str, object] = {"samples": (), "losses": ()}
+    return {job_id: job.model_copy(update=bare) if isinstance(job, RunJob) else job for job_id, job in needed.items()}
+
+
+def with_parents(jobs: Mapping[str, Job], part: Mapping[str, Job]) -> dict[str, Job]:
+    """``part`` of ``jobs`` with all that it rests on, in the order of ``jobs``."""
     needed = [parent for job in part.values() for parent in job.parents]
     for parent in needed:  # grows by the parents of parents
-        needed += jobs[parent].parents
+        needed += part.get(parent, jobs[parent]).parents
     return {job_id: part.get(job_id, job) for job_id, job in jobs.items() if job_id in part or job_id in needed}
 
 

@@ -8,7 +8,7 @@ import resource
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from analysis.manifest import adapter_key, log_key, run_key, vector_key
 from analysis.tables import table_key
 from analysis.vectors import Vector
 from engine.location import MARKER
+from engine.measure_work import measure_shard, merge_shards
 from engine.software import Software, check_same, software
 from engine.store import Store
-from engine.tasks import Job, RunJob, TrainTask, VectorJob
+from engine.tasks import Job, MeasureJob, MergeJob, RunJob, TrainTask, VectorJob
 from engine.versions import versions
 from trainables.base_model import LoadedBase, ResolvedBase, load_base
 from trainables.checkpoint import NO_CHECKPOINTS, CheckpointSettings
@@ -120,6 +121,10 @@ class SweepWork:
             with self.store.claimed(job.id, waiting):
                 if isinstance(job, VectorJob):
                     self._vector(job, report)
+                elif isinstance(job, MergeJob):
+                    self._unless_done(job, lambda: merge_shards(self.store, job))
+                elif isinstance(job, MeasureJob):
+                    self._unless_done(job, lambda: self._measure(job, report))
                 else:
                     self._run_and_log(job, StoreSink(self.store, job.id, report))
         finally:
@@ -129,6 +134,17 @@ class SweepWork:
         if not self.store.exists(vector_key(job.id)):
             vector = job.vector.make(_Making(self, job, report))
             self.store.publish(vector_key(job.id), vector.to_bytes())
+
+    def _unless_done(self, job: MeasureJob | MergeJob, do: Callable[[], None]) -> None:
+        if not all(self.store.exists(key) for key in job.outputs()):
+            do()
+
+    def _measure(self, job: MeasureJob, report: Report) -> None:
+        base = _base(job.base, torch.device(self.device))
+        model = base.model
+        if not job.is_base:
+            model = load_adapter(base.fresh(), self.store.path(adapter_key(job.run_id)), job.run_id)
+        measure_shard(self.store, job, base, model, self.rows(job.content), report)
 
     def _run_and_log(self, job: RunJob, sink: StoreSink) -> None:
         try:

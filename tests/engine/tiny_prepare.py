@@ -36,10 +36,15 @@ class TinySweep:
         self.raw: dict[str, Any] = yaml.safe_load(self.file.read_text())
 
     def prepare(
-        self, *overrides: str, machine: Machine = MACHINE, only: str | None = None, smoke: bool = False
+        self,
+        *overrides: str,
+        machine: Machine = MACHINE,
+        only: str | None = None,
+        smoke: bool = False,
+        measure_only: bool = False,
     ) -> Prepared:
         self.file.write_text(yaml.safe_dump(self.raw, sort_keys=False))
-        return prepare(self.file, overrides, machine, only=only, smoke=smoke)
+        return prepare(self.file, overrides, machine, only=only, smoke=smoke, measure_only=measure_only)
 
     def faults(
         self, *overrides: str, machine: Machine = MACHINE, only: str | None = None, smoke: bool = False

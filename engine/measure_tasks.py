@@ -1,0 +1,267 @@
+"""The measurements of a sweep: what they name is found and checked, and each becomes jobs for every model it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from analysis.manifest import MeasureEntry
+from analysis.measurements import BaseMeasurement, MeasurementConfig
+from analysis.vectors import part_of_rows
+from engine.config_faults import format_path, nearest, show
+from engine.contents import prompt_bank
+from engine.named import without_faults
+from engine.row_proofs import RowProofs, tokenizer_name
+from engine.smoke import smoke_measurement
+from engine.sources import Sources
+from engine.sweep_file import Sweep
+from engine.tasks import MeasureJob, MergeJob, RunJob, base_run_id, task_id
+from engine.vector_tasks import VectorTasks
+from trainables.base_model import BaseConfig, ResolvedBase
+from trainables.chat_data import DataConfig, HubDataset
+from trainables.config import NamesPrompts, NamesVector, Path, marked, replaced
+from trainables.errors import Fault
+from trainables.randomness import permutation
+from trainables.shapes import ModelShape
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model that is measured: a run, or an untrained base."""
+
+    label: str
+    run_id: str
+    base: ResolvedBase
+    shape: ModelShape
+    is_base: bool
+
+
+@dataclass(frozen=True)
+class MeasureCost:
+    """What one measurement of one model takes, by label ``<name> of <run>``: rows, forward passes, and their tokens."""
+
+    num_rows: int
+    num_forwards: int
+    num_tokens: int
+    num_shards: int
+
+
+class MeasureTasks:
+    """Jobs of measurements by what they are of; bases first, so that they begin at once."""
+
+    def __init__(self, sweep: Sweep, sources: Sources, vectors: VectorTasks, proofs: RowProofs) -> None:
+        self.sweep = sweep
+        self.sources = sources
+        self.vectors = vectors
+        self.proofs = proofs
+        self.base_jobs: dict[str, MeasureJob | MergeJob] = {}
+        self.run_jobs: dict[str, MeasureJob | MergeJob] = {}
+        self.entries: list[MeasureEntry] = []
+        self._encodings: dict[tuple[str, str], tuple[Any, int, int, int]] = {}
+
+    def add_all(self, bases: Sequence[Target], runs: Sequence[Target], *, smoke: bool = False) -> None:
+        """Find what every measurement names and make its jobs; faults go to the sources' list.
+
+        ``bases`` and ``runs`` are the sound ones of the sweep, each once.
+        """
+        data = without_faults(DataConfig, _mapping(self.sweep.raw.get("data")))
+        for name, config in self.sweep.measure.items():
+            config = smoke_measurement(config) if smoke else config
+            key = f"measure.{name}"
+            content = self._content(config, data, f"{key}.data")
+            max_length = config.max_length or (data.max_length if data else None)
+            max_length = DataConfig.model_fields["max_length"].default if max_length is None else max_length
+            prompts, banks = self._prompts(config, name)
+            self._check_vector_names(config, name)
+            for target in self._targets(config, key, bases, runs):
+                sound = self._check(config, name, target)
+                if sound and content is not None and prompts is not None:
+                    self._add(name, config, key, target, content, max_length, prompts, banks)
+
+    def _targets(
+        self, config: BaseMeasurement, key: str, bases: Sequence[Target], runs: Sequence[Target]
+    ) -> list[Target]:
+        if isinstance(config.on, str):
+            if config.on == "runs" and not runs and not self.sweep.faulty and not self.sweep.cells:
+                self.sources.faults.append(Fault(f"{key}.on", "the file has no runs; write base"))
+            return [*(bases if config.on != "runs" else ()), *(runs if config.on != "base" else ())]
+        by_label = {target.label: target for target in (*bases, *runs)}
+        found = []
+        for position, label in enumerate(config.on):
+            if label in by_label:
+                found.append(by_label[label])
+            elif not self.sweep.faulty:  # what a faulty cell is called is not known
+                message = f"no run {show(label)}; {nearest(label, by_label)}"
+                self.sources.faults.append(Fault(f"{key}.on[{position}]", message))
+        return found
+
+    def _content(self, config: BaseMeasurement, data: DataConfig | None, key: str) -> str | None:
+        named: str | HubDataset | None = config.data
+        if named is None and data is not None:
+            named, key = data.train, "data.train"
+        if named is None:
+            self.sources.faults.append(Fault(key, "missing, and the data section has no train to read instead"))
+            return None
+        return self.sources.chat_file(named, key) if isinstance(named, str) else self.sources.hub(named, key)
+
+    def _key(self, name: str, path: Path) -> str:
+        """Where ``path`` of a measurement stands in the file."""
+        return format_path(self.sweep.conditions.written(("measure", name, *path)))
+
+    def _prompts(
+        self, config: BaseMeasurement, name: str
+    ) -> tuple[dict[Path, tuple[str, ...]] | None, dict[tuple[str, ...], str]]:
+        """Texts by the path of their bank, and the banks' names by their texts; None where one is not there."""
+        texts: dict[Path, tuple[str, ...]] = {}
+        banks: dict[tuple[str, ...], str] = {}
+        named = marked(config, NamesPrompts)
+        for path, bank in named.items():
+            found = prompt_bank(bank, self._key(name, path), self.sources)
+            if found is not None:
+                texts[path] = found
+                if isinstance(bank, str):
+                    banks[found] = bank
+        return texts if len(texts) == len(named) else None, banks
+
+    def _check_vector_names(self, config: BaseMeasurement, name: str) -> None:
+        for path, vector in vector_names(config).items():
+            if str(vector) not in self.vectors.configs:
+                message = f"no vector {show(vector)}; {nearest(vector, self.vectors.configs)}"
+                self.sources.faults.append(Fault(self._key(name, path), message))
+
+    def _check(self, config: BaseMeasurement, name: str, target: Target) -> bool:
+        """Whether vectors and layers fit this model; what does not is a fault."""
+        names = {str(vector) for vector in vector_names(config).values()}
+        known = sorted(vector for vector in names if vector in self.vectors.configs)
+        shapes = {
+            vector: shape
+            for vector in known
+            if (shape := self.vectors.shape(vector, target.base, target.shape)) is not None
+        }
+        faults = [Fault(self._key(name, path), message) for path, message in config.faults(target.shape, shapes)]
+        # conditions of one grid often share a fault, and so do models
+        self.sources.faults += [fault for fault in dict.fromkeys(faults) if fault not in self.sources.faults]
+        return not faults and len(shapes) == len(names)
+
+    def _add(
+        self,
+        name: str,
+        config: MeasurementConfig,
+        key: str,
+        target: Target,
+        content: str,
+        max_length: int,
+        prompts: Mapping[Path, tuple[str, ...]],
+        banks: Mapping[tuple[str, ...], str],
+    ) -> None:
+        self.proofs.must_prove(target.base, content, max_length, f"{key}.data" if config.data else "data.train")
+        names = vector_names(config)
+        ids = {
+            str(vector): self.vectors.add(str(vector), target.base, self.proofs.must_prove)
+            for vector in dict.fromkeys(names.values())
+        }
+        resolved = replaced(config, {path: ids[str(vector)] for path, vector in names.items()} | dict(prompts))
+        vector_ids = tuple(dict.fromkeys(ids.values()))
+        rows = chosen_rows(len(self.sources.rows[content]), config)
+        size = config.rows_per_shard
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        jobs = self.base_jobs if target.is_base else self.run_jobs
+        shard_ids = []
+        for number, part in enumerate(parts, start=1):
+            identity = task_id(MeasureJob.identity(target.run_id, resolved, content, part, max_length))
+            shard_ids.append(identity)
+            if identity in self.base_jobs or identity in self.run_jobs:
+                continue
+            jobs[identity] = MeasureJob(
+                id=identity,
+                label=f"{name} of {target.label} {number}/{len(parts)}",
+                base=target.base,
+                run_id=target.run_id,
+                is_base=target.is_base,
+                measurement=resolved,
+                content=content,
+                rows=part,
+                max_length=max_length,
+                vector_ids=vector_ids,
+                name=name,
+                run=target.label,
+            )
+        merge_id = None
+        if config.merged_tables:
+            merge_id = task_id(MergeJob.identity(resolved, shard_ids))
+            jobs[merge_id] = MergeJob(
+                id=merge_id,
+                label=f"{name} of {target.label}",
+                measurement=resolved,
+                shard_ids=tuple(shard_ids),
+                vector_ids=vector_ids,
+                name=name,
+                run=target.label,
+            )
+        self.entries.append(
+            MeasureEntry(
+                name=name,
+                kind=config.kind,
+                run=target.label,
+                run_id=target.run_id,
+                shard_ids=tuple(shard_ids),
+                tables=config.tables,
+                has_tensors=config.has_tensors,
+                merge_id=merge_id,
+                merged_tables=config.merged_tables,
+                names=resolved.names({identity: vector for vector, identity in ids.items()}, banks),
+                config=config.model_dump(mode="json"),
+            )
+        )
+        forwards = config.forwards_per_row(target.shape)
+        encoding = (tokenizer_name(target.base), content, max_length, "responses", False)
+        self._encodings[name, target.label] = (encoding, len(rows), forwards, len(parts))
+
+    def costs(self) -> dict[tuple[str, str], MeasureCost]:
+        """What every measurement takes, by its name and the label of its model. Rows must have been proved."""
+        costs = {}
+        for what, (encoding, num_rows, forwards, num_shards) in self._encodings.items():
+            of_all, num_tokens = self.proofs.num_tokens[encoding]
+            tokens = round(num_tokens * num_rows / of_all) * forwards
+            costs[what] = MeasureCost(num_rows, num_rows * forwards, tokens, num_shards)
+        return costs
+
+
+def vector_names(config: BaseMeasurement) -> dict[Path, str]:
+    """Where ``config`` names vectors, those of a list one by one, with their names."""
+    names: dict[Path, str] = {}
+    for path, value in marked(config, NamesVector).items():
+        if isinstance(value, tuple):
+            names |= {(*path, index): str(name) for index, name in enumerate(value)}
+        else:
+            names[path] = str(value)
+    return names
+
+
+def chosen_rows(count: int, config: BaseMeasurement) -> tuple[int, ...]:
+    """Indices of the rows that are read, in the order of the data.
+
+    With more ``samples`` the same rows are read and others beside them.
+    """
+    allowed = set(part_of_rows(count, config.part, config.seed))
+    drawn = [row for row in permutation(count, config.seed, 0) if row in allowed]
+    return tuple(sorted(drawn[: config.samples]))
+
+
+def base_targets(
+    sweep: Sweep, sources: Sources, jobs: Iterable[RunJob], shapes: Mapping[str, ModelShape]
+) -> list[Target]:
+    """The bases that runs start from; in a file without runs that of its ``base`` section."""
+    found = [Target(job.label, job.id, job.base, shapes[job.id], True) for job in jobs]
+    if found or sweep.cells or sweep.faulty or not sweep.measure:
+        return found
+    config = without_faults(BaseConfig, _mapping(sweep.raw.get("base")))
+    base = sources.base(config, "base") if config is not None else None
+    return [] if base is None else [Target(BASE, base_run_id(base[0]), *base, True)]
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
