@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
+from trainables import frozen_products
+
 
 class _LoraProduct(torch.autograd.Function):
     """y [..., o] of ``inputs`` [..., i], with a frozen weight and bias; everything of one dtype.
@@ -40,7 +42,7 @@ class _LoraProduct(torch.autograd.Function):
         x_mi = inputs.flatten(0, -2)
         low_mi = x_mi if dropped is None else dropped.flatten(0, -2)
         scaled_mr = torch.mm(low_mi, a_ri.t()).mul_(scaling)
-        y_mo = F.linear(x_mi, weight_oi, bias_o).addmm_(scaled_mr, b_or.t())
+        y_mo = frozen_products.linear(x_mi, weight_oi, bias_o).addmm_(scaled_mr, b_or.t())
         ctx.save_for_backward(low_mi, weight_oi, a_ri, b_or, scaled_mr)
         ctx.scaling, ctx.shape, ctx.is_dropped = scaling, inputs.shape, dropped is not None
         return y_mo.view(*inputs.shape[:-1], -1)
@@ -52,7 +54,7 @@ class _LoraProduct(torch.autograd.Function):
         g_mr = torch.mm(g_mo, b_or).mul_(ctx.scaling)
         for_inputs = for_dropped = None
         if ctx.needs_input_grad[0]:
-            for_inputs = torch.mm(g_mo, weight_oi)
+            for_inputs = frozen_products.back(g_mo, weight_oi)
             if not ctx.is_dropped:
                 for_inputs.addmm_(g_mr, a_ri)
             for_inputs = for_inputs.view(ctx.shape)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from trainables import frozen_products
 from trainables.model_parts import backbone, causal_lm
 
 CHUNK = 512  # positions whose logits exist at one time: 512 x 49k x 4 bytes = 100 MB
@@ -35,14 +36,14 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         gradients_nd = torch.empty_like(hidden_nd) if wants_gradient else None
         for start in range(0, hidden_nd.shape[0], CHUNK):
             part = slice(start, start + CHUNK)
-            logits = F.linear(hidden_nd[part], weight_vd, bias_v)
+            logits = frozen_products.linear(hidden_nd[part], weight_vd, bias_v)
             targets = targets_n[part, None]
             log_probabilities = torch.log_softmax(logits, dim=-1, dtype=losses_n.dtype)
             losses_n[part] = -log_probabilities.gather(1, targets)[:, 0]
             if gradients_nd is not None:
                 probabilities = log_probabilities.exp_()
                 probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=probabilities.dtype))
-                gradients_nd[part] = probabilities.to(weight_vd.dtype) @ weight_vd
+                gradients_nd[part] = frozen_products.back(probabilities.to(weight_vd.dtype), weight_vd)
         if gradients_nd is not None:
             ctx.save_for_backward(gradients_nd)
         return losses_n
