@@ -19,7 +19,6 @@ import argparse
 import json
 import multiprocessing
 import platform
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from interleaved import Clock, Ratio, Stepper, interleave
 
 from analysis.conditions import NOTHING, Condition, Steering
 from analysis.gradients import gradient_rows
-from analysis.measured_batches import BATCH_TOKENS, Item, Measured, aligned_items, batches
+from analysis.measured_batches import Item, Measured, aligned_items, batches
 from analysis.vectors import random_like
 from trainables.base_model import BaseConfig, LoadedBase, load_base, load_tokenizer, resolve_base
 from trainables.loss import head_is_plain_linear
@@ -42,6 +41,7 @@ from trainables.residual_stream import ReadGradient, residual_stream
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = "embedded:smollm2-135m-instruct"
 MAX_LENGTH = 512
+BATCH_TOKENS = 512  # 64 samples make about twenty batches, so that every sample is measured about once
 NUM_SAMPLES = 64
 NUM_VECTORS = 8
 SHAPES: dict[str, dict[str, Any]] = {
@@ -120,6 +120,7 @@ class Work:
             layers,
             measure_id="m",
             max_length=MAX_LENGTH,
+            batch_tokens=BATCH_TOKENS,
         ):
             pass
 
@@ -176,11 +177,19 @@ def _adder(shift_d: torch.Tensor) -> Callable[..., Any]:
     return hook
 
 
-def times(work: Work, pairs: int) -> list[Ratio]:
-    """Batch by batch, all contenders on the same samples."""
+def times(work: Work, pairs: int) -> Iterator[Ratio]:
+    """Batch by batch, each pair of contenders on the same samples in turn."""
     parts = work.batches()
+    clock = Clock(work.base.device)
+    print(f"{len(parts)} batches of at most {BATCH_TOKENS} tokens; {clock.name}, medians of {pairs}:", flush=True)
 
-    def stepper(name: str, do: Callable[[list[Item]], None]) -> Stepper:
+    def compared(name: str, slower: Callable[[list[Item]], None], faster: Callable[[list[Item]], None]) -> Ratio:
+        seconds = interleave([_stepper("slower", slower), _stepper("faster", faster)], pairs, clock)
+        both = " against ".join(f"{sorted(values)[len(values) // 2]:.3f}" for values in seconds.values())
+        print(f"  {name}: {both} s a batch", flush=True)
+        return Ratio.of(name, seconds["slower"], seconds["faster"])
+
+    def _stepper(name: str, do: Callable[[list[Item]], None]) -> Stepper:
         def run(pause: Callable[[], None]) -> None:
             pause()
             for step in range(pairs + 2):
@@ -189,30 +198,18 @@ def times(work: Work, pairs: int) -> list[Ratio]:
 
         return Stepper(name, run)
 
+    def measure(items: list[Item], conditions: Sequence[Condition]) -> None:
+        work.measure(work.rows_of(items), conditions, work.layers)
+
     def one_by_one(items: list[Item]) -> None:
         for condition in work.conditions:
-            work.measure(work.rows_of(items[: len(items) // 2]), [condition], work.layers)
+            measure(items[: len(items) // 2], [condition])
 
-    contenders = [
-        stepper("bare", work.bare),
-        stepper("ours", lambda items: work.measure(work.rows_of(items), [NOTHING], work.layers)),
-        stepper("ours two", lambda items: work.measure(work.rows_of(items), work.conditions[:2], work.layers)),
-        stepper("naive two", lambda items: work.naive(items, work.conditions[:2])),
-        stepper("one by one", one_by_one),
-        stepper(
-            "packed", lambda items: work.measure(work.rows_of(items[: len(items) // 2]), work.conditions, work.layers)
-        ),
-    ]
-    clock = Clock(work.base.device)
-    seconds = interleave(contenders, pairs, clock)
-    print(f"{len(parts)} batches of at most {BATCH_TOKENS} tokens; {clock.name}, medians of {pairs}:")
-    for name, values in seconds.items():
-        print(f"  {name:<12}{sorted(values)[len(values) // 2]:8.3f} s a batch")
-    return [
-        Ratio.of("readout_over_bare", seconds["ours"], seconds["bare"]),
-        Ratio.of("naive_over_ours", seconds["naive two"], seconds["ours two"]),
-        Ratio.of("packed_conditions_speedup", seconds["one by one"], seconds["packed"]),
-    ]
+    yield compared("readout_over_bare", lambda items: measure(items, [NOTHING]), work.bare)
+    two = work.conditions[:2]
+    yield compared("naive_over_ours", lambda items: work.naive(items, two), lambda items: measure(items, two))
+    packed = work.conditions
+    yield compared("packed_conditions_speedup", one_by_one, lambda items: measure(items[: len(items) // 2], packed))
 
 
 def peak_memory(model: str, device: str, num_vectors: int, all_layers: bool) -> float:
@@ -227,9 +224,15 @@ def peak_memory(model: str, device: str, num_vectors: int, all_layers: bool) -> 
         before = torch.cuda.memory_allocated()
         work.measure(rows, [NOTHING], layers)
         return float(torch.cuda.max_memory_allocated() - before)
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, from loading, is forgotten
+    before = _status_bytes("VmRSS")
     work.measure(rows, [NOTHING], layers)
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident)
+    return float(_status_bytes("VmHWM") - before)
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def wall_seconds(model: str, device: str, shard: Sequence[int], go: Any) -> float:
@@ -304,7 +307,7 @@ def main() -> None:
         print(f"{key:<32}{figures[key]:7.3f}   goal <= 1.15: {'goal met' if figures[key] <= 1.15 else 'goal missed'}")
 
     for ratio in times(Work(options.model, device, NUM_SAMPLES), options.pairs):
-        print(ratio.line(1.10 if ratio.name == "readout_over_bare" else None))
+        print(ratio.line(1.10 if ratio.name == "readout_over_bare" else None), flush=True)
         figures |= {ratio.name: ratio.median, f"{ratio.name}_low": ratio.low, f"{ratio.name}_high": ratio.high}
 
     if options.processes:
