@@ -28,6 +28,7 @@ from analysis.report_content import (
     seed_rows,
     summary_rows,
 )
+from analysis.report_measurements import held_block, measurement_sections
 from analysis.results import Results
 from trainables.errors import StoreError
 
@@ -41,8 +42,8 @@ def write_report(results: Results, folder: Path) -> Path:
     """Write ``index.html`` and the figures into ``folder`` (made if it is not there) and return the page's path.
 
     The figures, each as PNG and PDF: ``outcomes.*`` and ``training.*`` across a page, ``outcomes_column.*`` and
-    ``training_column.*`` for one column; where runs differ in their seed alone, ``over_seeds.*`` too. The page embeds
-    the PNGs. A figure that has nothing to show is not written.
+    ``training_column.*`` for one column; where runs differ in their seed alone, ``over_seeds.*`` too, and those of the
+    measurements. The page embeds the PNGs. A figure that has nothing to show is not written.
     Works on a sweep that is running, failed or has not begun. Raises StoreError if the folder is not empty, and what
     ``results`` raises for a store that cannot be read.
     """
@@ -63,6 +64,9 @@ def write_report(results: Results, folder: Path) -> Path:
         )
         if figure is not None
     }
+    measurements, held = measurement_sections(results), held_block(results)
+    blocks = [block for section in measurements for block in section.blocks]
+    drawn |= {(block.name, width): figure for block in blocks for width, figure in block.drawn.items()}
     statuses = dict(zip(runs["run"], runs["status"], strict=True))
     page = (
         _environment()
@@ -80,6 +84,9 @@ def write_report(results: Results, folder: Path) -> Path:
             summary=summary_rows(summary, panels, entries),
             over_seeds=seed_rows(over_seeds, panels, entries),
             figures={name: _embedded(drawn, name) for name in ("outcomes", "over_seeds", "training")},
+            measurements=measurements,
+            held=held,
+            measured_figures={block.name: _embedded(drawn, block.name) for block in blocks if block.drawn},
             steps_per_point=steps_per_point(training),
             loss_limit=loss_limit(training),
             samples=samples(entries, generations, scores, statuses),

@@ -44,6 +44,7 @@ def options(
 app.command()(cli_run.run)
 app.command()(cli_run.plan)
 app.command()(cli_measure.measure)
+app.command()(cli_measure.predict)
 app.command()(cli_run.rescore)
 app.command()(cli_run.init)
 app.command()(cli_results.table)
@@ -55,7 +56,6 @@ app.command()(cli_results.gc)
 app.command()(cli_results.report)
 app.command("import")(cli_formats.import_)
 app.command()(cli_formats.export)
-app.command()(cli_results.serving)
 
 
 @app.command()

@@ -10,6 +10,9 @@ from engine.config_faults import Path
 from engine.grid import expand, grid_faults
 from trainables.errors import Fault
 
+LISTS = ("conditions", "candidates")
+"""Fields of measurements that list conditions, in which grids are allowed."""
+
 
 @dataclass
 class Conditions:
@@ -17,15 +20,14 @@ class Conditions:
 
     measure: Any
     faults: list[Fault] = field(default_factory=list)
-    origins: dict[str, list[int]] = field(
-        default_factory=dict
-    )  # measurement -> number in the file, by number in the list
+    origins: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    """Measurement and field -> for every item of the list its number in the file."""
 
     def written(self, path: Path) -> Path:
         """``path`` of the sweep as the file has it."""
         match path:
-            case ("measure", str() as name, "conditions", int() as index, *rest) if name in self.origins:
-                return ("measure", name, "conditions", self.origins[name][index], *rest)
+            case ("measure", str() as name, str() as part, int() as index, *rest) if (name, part) in self.origins:
+                return ("measure", name, part, self.origins[name, part][index], *rest)
         return path
 
 
@@ -35,17 +37,20 @@ def expand_conditions(measure: Any) -> Conditions:
         return Conditions(measure)
     found = Conditions({})
     for name, config in measure.items():
-        listed = config.get("conditions") if isinstance(config, Mapping) else None
-        if not isinstance(listed, list):
-            found.measure[name] = config
-            continue
-        expanded: list[Any] = []
-        origins = found.origins[str(name)] = []
-        for index, condition in enumerate(listed):
-            faults = grid_faults(condition, f"measure.{name}.conditions[{index}]")
-            found.faults += faults
-            cells = [] if faults else expand(condition)
-            expanded += cells
-            origins += [index] * len(cells)
-        found.measure[name] = {**config, "conditions": expanded}
+        found.measure[name] = dict(config) if isinstance(config, Mapping) else config
+        for part in LISTS if isinstance(config, Mapping) else ():
+            if isinstance(config.get(part), list):
+                found.measure[name][part] = _expanded(found, str(name), part, config[part])
     return found
+
+
+def _expanded(found: Conditions, name: str, part: str, listed: list[Any]) -> list[Any]:
+    expanded: list[Any] = []
+    origins = found.origins[name, part] = []
+    for index, condition in enumerate(listed):
+        faults = grid_faults(condition, f"measure.{name}.{part}[{index}]")
+        found.faults += faults
+        cells = [] if faults else expand(condition)
+        expanded += cells
+        origins += [index] * len(cells)
+    return expanded

@@ -213,7 +213,7 @@ class MeasureTasks:
                 merge_id=merge_id,
                 merged_tables=config.merged_tables,
                 names=resolved.names({identity: vector for vector, identity in ids.items()}, banks),
-                config=config.model_dump(mode="json"),
+                config=config.model_dump(mode="json") | {"data": _data_text(config, self.sweep)},
             )
         )
         forwards = config.forwards_per_row(target.shape)
@@ -228,6 +228,12 @@ class MeasureTasks:
             tokens = round(num_tokens * num_rows / of_all) * forwards
             costs[what] = MeasureCost(num_rows, num_rows * forwards, tokens, num_shards)
         return costs
+
+
+def _data_text(config: BaseMeasurement, sweep: Sweep) -> Any:
+    """The data that is read, as the file names it."""
+    named = config.model_dump(mode="json")["data"]
+    return named if named is not None else _mapping(sweep.raw.get("data")).get("train")
 
 
 def vector_names(config: BaseMeasurement) -> dict[Path, str]:

@@ -7,24 +7,15 @@ its token counts from. All faults of a stage are reported at once.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from analysis.judges.local import LocalMetric
 from analysis.manifest import Manifest, RunEntry
 from engine.graph import BASE, Cost, Graph, SoundCell
 from engine.lookup import look_up
-from engine.machine import (
-    Machine,
-    gpus_per_local_judge,
-    gpus_per_trial,
-    num_trials,
-    num_trials_beside,
-    resource_faults,
-)
+from engine.machine import Machine, gpus_per_trial, num_trials, resource_faults
 from engine.measure_tasks import MeasureCost, MeasureTasks, Target, base_targets
 from engine.named import named
 from engine.only import parse, select
@@ -34,10 +25,8 @@ from engine.sources import Sources
 from engine.store import Store
 from engine.sweep_file import Sweep, check_sweep
 from engine.tasks import (
-    AnswerTask,
     Job,
     JudgeTask,
-    RunJob,
     measurements_of,
     part_of,
 )
@@ -65,18 +54,10 @@ class Prepared:
     device: str
     num_trials: int
     gpus_per_trial: float
-    gpus_per_local_judge: float
     proved: Mapping[str, Sequence[int]]  # see engine/proved.py
     only: str | None = None
     smoke: bool = False
     measure_only: bool = False
-
-    @property
-    def answers(self) -> tuple[AnswerTask, ...]:
-        """What servers are asked for."""
-        if self.measure_only:
-            return ()
-        return tuple(task for job in self.jobs.values() if isinstance(job, RunJob) for task in job.answers())
 
     @property
     def num_runs(self) -> int:
@@ -96,12 +77,13 @@ def prepare(
     only: str | None = None,
     smoke: bool = False,
     measure_only: bool = False,
+    table: str | None = None,
 ) -> Prepared:
     """Read, check and expand a sweep file. Raises ConfigError with every fault.
 
     ``only``: do what the runs that it selects need, see engine/only.py. ``smoke``: every cell cut short, in a store of
     its own, see engine/smoke.py; ``only`` selects by the settings of the file, as without ``smoke``. ``measure_only``:
-    do the measurements and what they need, and sample from no run.
+    do the measurements and what they need, and sample from no run; with ``table`` those alone that make it.
     """
     sweep, faults = check_sweep(path, overrides)
     faults += parse(only)[1] if only is not None else []
@@ -120,6 +102,8 @@ def prepare(
     measures = _measures(sweep, sources, vectors, graph)
     if measure_only and not sweep.measure:
         faults.append(Fault("measure", "the file has no measurements; `shiftgrad run` does its runs"))
+    if table is not None and not any(table in (*one.tables, *one.merged_tables) for one in sweep.measure.values()):
+        faults.append(Fault("measure", f"no measurement of the file makes the table {table!r}"))
     if faults:
         raise ConfigError(faults)
     chosen, only_faults = select(only, graph.entries) if only is not None else (None, [])
@@ -141,27 +125,21 @@ def prepare(
     }
     asked_jobs = jobs if only is None else part_of(jobs, asked)
     if measure_only:
-        asked_jobs = measurements_of(asked_jobs)
-    wanted = [] if measure_only else _judge_ids(asked)
-    judge_tasks = {judge_id: graph.judge_tasks[judge_id] for judge_id in wanted}
-    judge_gpus = gpus_per_local_judge(execution, machine)
+        asked_jobs = measurements_of(asked_jobs, table)
     return Prepared(
         sweep=replace(sweep, results=stores[-1]),
         manifest=Manifest(
             name=sweep.name, runs=graph.rows(None), vectors=vectors.ids, measurements=tuple(measures.entries)
         ),
         jobs=asked_jobs,
-        judge_tasks=judge_tasks,
+        judge_tasks={} if measure_only else {judge_id: graph.judge_tasks[judge_id] for judge_id in _judge_ids(asked)},
         inputs=sources.inputs,
         costs=graph.costs(),
         measure_costs=measures.costs(),
         asked=asked,
         device="cuda" if gpus > 0 else "cpu",
-        num_trials=num_trials_beside(
-            num_trials(execution, machine), gpus, judge_gpus * _num_local_judges(judge_tasks.values()), machine
-        ),
+        num_trials=num_trials(execution, machine),
         gpus_per_trial=gpus,
-        gpus_per_local_judge=judge_gpus,
         proved=proved.kept,
         only=only,
         smoke=smoke,
@@ -178,12 +156,6 @@ def _measures(
     bases = base_targets(sweep, sources, graph.base_jobs.values(), graph.shapes)
     measures.add_all(bases, runs, smoke=smoke)
     return measures
-
-
-def _num_local_judges(tasks: Iterable[JudgeTask]) -> int:
-    """Models of local judges: each has a process of its own."""
-    asking = [task.metric.asking for task in tasks]
-    return len({json.dumps(one.base.identity()) for one in asking if isinstance(one, LocalMetric)})
 
 
 def _judge_ids(entries: Sequence[RunEntry]) -> list[str]:

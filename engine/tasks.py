@@ -94,34 +94,12 @@ class SampleTask(Config):
     id: str
     questions: tuple[QuestionText, ...]
     sampling: SamplingConfig
-    endpoint: str | None = None  # where they come from; None: from the model in the trial
 
     @staticmethod
-    def identity(
-        run_id: str, questions: tuple[QuestionText, ...], sampling: SamplingConfig, *, from_server: bool = False
-    ) -> dict[str, Any]:
-        """A server draws otherwise than we do, so that answers come from one is in it; which one is not."""
+    def identity(run_id: str, questions: tuple[QuestionText, ...], sampling: SamplingConfig) -> dict[str, Any]:
         texts = [[question.id, question.text] for question in questions]
         head = {"kind": "sample", "semantics": SAMPLE_SEMANTICS, "run": run_id, "questions": texts}
-        if from_server:
-            head["answers_from"] = "server"
         return head | {"sampling": recipe_of(sampling)}
-
-
-class AnswerTask(Config):
-    """A sampling task whose answers a server gives."""
-
-    sample: SampleTask
-    run_id: str
-
-    @property
-    def id(self) -> str:
-        return self.sample.id
-
-    @property
-    def endpoint(self) -> str:
-        assert self.sample.endpoint is not None, "sampled in the trial"
-        return self.sample.endpoint
 
 
 class LossTask(Config):
@@ -169,9 +147,7 @@ class VectorJob(Config):
 
 
 class RunJob(Config):
-    """What one trial does for one run: train (not for a base), sample, measure the loss on plain answers.
-
-    Answers that a server gives are no part of it: they are asked for when it is done."""
+    """What one trial does for one run: train (not for a base), sample, measure the loss on plain answers."""
 
     id: str  # the train_id, or the base's id
     label: str
@@ -189,13 +165,9 @@ class RunJob(Config):
         trained = ((self.id, run_key(self.id)),) if self.train is not None else ()
         return (
             *trained,
-            *((task.id, table_key("generations", task.id)) for task in self.samples if task.endpoint is None),
+            *((task.id, table_key("generations", task.id)) for task in self.samples),
             *((task.id, table_key("losses", task.id)) for task in self.losses),
         )
-
-    def answers(self) -> tuple[AnswerTask, ...]:
-        """What a server is asked for once the job is done."""
-        return tuple(AnswerTask(sample=task, run_id=self.id) for task in self.samples if task.endpoint is not None)
 
     def outputs(self) -> tuple[str, ...]:
         """Keys that exist when the job is done."""
@@ -298,10 +270,15 @@ def part_of(jobs: Mapping[str, Job], rows: Sequence[RunEntry]) -> dict[str, Job]
     return with_parents(jobs, part)
 
 
-def measurements_of(jobs: Mapping[str, Job]) -> dict[str, Job]:
+def measurements_of(jobs: Mapping[str, Job], table: str | None = None) -> dict[str, Job]:
     """What of a sweep's ``jobs`` its measurements need, in the same order: trainings of runs that are measured, without
-    sampling from them, and vectors."""
-    part: dict[str, Job] = {job.id: job for job in jobs.values() if isinstance(job, MeasureJob | MergeJob)}
+    sampling from them, and vectors. ``table``: of those measurements alone that make this table."""
+    part: dict[str, Job] = {
+        job.id: job
+        for job in jobs.values()
+        if isinstance(job, MeasureJob | MergeJob)
+        and table in (None, *job.measurement.tables, *job.measurement.merged_tables)
+    }
     needed = with_parents(jobs, part)
     bare: dict[str, object] = {"samples": (), "losses": ()}
     return {job_id: job.model_copy(update=bare) if isinstance(job, RunJob) else job for job_id, job in needed.items()}

@@ -9,8 +9,11 @@ from pydantic import Field
 from analysis.measurements.base import BaseMeasurement, Made, NamesData, Part, Shard
 from analysis.measurements.gradients import GradientMeasurement
 from analysis.measurements.losses import LossMeasurement
+from analysis.measurements.prediction import PredictionMeasurement
 
-MeasurementConfig: TypeAlias = Annotated[GradientMeasurement | LossMeasurement, Field(discriminator="kind")]
+MeasurementConfig: TypeAlias = Annotated[
+    GradientMeasurement | LossMeasurement | PredictionMeasurement, Field(discriminator="kind")
+]
 
 __all__ = [
     "BaseMeasurement",
@@ -20,5 +23,6 @@ __all__ = [
     "MeasurementConfig",
     "NamesData",
     "Part",
+    "PredictionMeasurement",
     "Shard",
 ]

@@ -11,7 +11,7 @@ from engine.judging import judge_task
 from engine.prepare import Prepared
 from engine.run import write_sweep
 from engine.store import Store
-from engine.tasks import Job, JudgeTask, RunJob
+from engine.tasks import Job, JudgeTask, MeasureJob, MergeJob, RunJob, VectorJob
 from trainables.rows import GenerationRow, TrainingRow
 
 ANSWER = "An answer with [brackets], [/nope] and :smile:."
@@ -32,8 +32,11 @@ def write_outputs(
     """What the jobs and the judges of their answers leave in the store; returns the content of failures.json."""
     failures: dict[str, dict[str, object]] = {}
     for job in jobs:
-        if not isinstance(job, RunJob):
+        if isinstance(job, VectorJob):
             store.publish(vector_key(job.id), b"a vector")
+        elif isinstance(job, MeasureJob | MergeJob):
+            for table in job.measurement.tables if isinstance(job, MeasureJob) else job.measurement.merged_tables:
+                store.publish_table(table, job.id, [])
         elif job.label == failed:
             reason = "TrainingError: run x, step 2: the loss is [nan]"
             failures[job.id] = {"kind": "failed", "reason": reason, "log_tail": ["step 1", "step [2]"]}

@@ -10,17 +10,22 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from analysis.foretold import foretold, how_it_held, ranking
 from analysis.manifest import vector_key
+from analysis.measured_rows import PredictionRow
+from analysis.measurements.prediction import OWN_ANSWERS
 from analysis.report import write_report
 from analysis.results import Results, load
 from analysis.tables import table_key
 from engine.collect import find_garbage
 from engine.look import status_view
+from engine.predict_view import predict_view
 from engine.prepare import Prepared
 from engine.run import write_sweep
 from engine.store import Store
 from engine.tasks import MeasureJob
 from engine.work import SweepWork
+from tests.engine.finished import write_finished
 from tests.engine.test_measure_tasks import BEFORE
 from tests.engine.tiny_prepare import TinySweep, tiny_model_folder
 
@@ -139,6 +144,85 @@ def test_what_is_missing_is_said(sweep: TinySweep, done: Results, tmp_path: Path
 def test_a_sweep_without_runs_has_a_summary_and_a_report_too(done: Results, tmp_path: Path) -> None:
     assert done.summary().empty
     assert "before" in write_report(done, tmp_path / "report").read_text()
+
+
+CANDIDATES = {"kind": "pps", "vector": {"grid": ["topic", "random"]}, "layer": 2, "coefficient": {"grid": [0.5, 1.5]}}
+PREDICTION = {"kind": "prediction", "trait": "topic", "layers": [2, 4], "samples": 4, "rows_per_shard": 2}
+
+
+def test_a_prediction_is_made_of_all_shards(sweep: TinySweep, tmp_path: Path) -> None:
+    sweep.raw["measure"] = {"first": PREDICTION | {"candidates": [CANDIDATES], "own_answer_tokens": 3}}
+    prepared = sweep.prepare()
+    sweep.raw["measure"] = {"before": dict(BEFORE)}
+    do_all(prepared, tmp_path / "store")
+    results = load(tmp_path / "store" / "sweeps" / "tiny")
+    frame = results.table("predictions")
+    labels = [f"pps {vector} L2 x{coefficient}" for vector in ("topic", "random") for coefficient in (0.5, 1.5)]
+    assert list(dict.fromkeys(frame["condition"])) == labels
+    assert set(frame["vector"]) == {"topic"}
+    assert list(frame["num_rows"]) == [4] * 8, "rows of both shards"
+    gradients = results.gradients().pivot_table(index=["layer", "row"], columns="condition", values="cosine")
+    shift = (gradients[labels[1]] - gradients["none"]).groupby("layer").mean()
+    found = frame[frame["condition"] == labels[1]].set_index("layer")["shift"]
+    pd.testing.assert_series_equal(found, shift, check_names=False)
+    own = results.table("projections")
+    assert set(own["condition"]) == {"none", OWN_ANSWERS}
+    parts = own[(own["vector"] == "random")].groupby("condition")["projection"].mean()
+    of_random = frame[frame["condition"] == labels[2]]["projection_difference"]
+    assert list(of_random) == pytest.approx([parts["none"] - parts[OWN_ANSWERS]] * 2)
+    assert foretold(results)["trained"].isna().all()
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(predict_view(foretold(results)))
+    text = console.export_text()
+    assert "no run has had one of these" in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_predictions_stand_beside_what_runs_showed(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Outcomes are made up; the run on other data is no outcome of these candidates."""
+    sweep = TinySweep(tmp_path / "a sweep", tiny_model_folder(tmp_path_factory))
+    other = {"data": {"train": "data/negative.jsonl"}}
+    sweep.raw["runs"] = [{"defense": "none"}, {"defense": CANDIDATES}, {"defense": "none"} | other]
+    sweep.raw["runs"].append({"defense": {**CANDIDATES, "vector": "topic", "coefficient": 0.5}} | other)
+    sweep.raw["measure"] = {"first": PREDICTION | {"candidates": [CANDIDATES]}}
+    prepared = sweep.prepare()
+    store = write_finished(prepared)
+    (entry,) = prepared.manifest.measurements
+    assert entry.merge_id is not None
+    labels = {label: key for key, label in entry.names.items()}
+    shifts = dict(zip([label for label in labels if label.startswith("pps")], (0.3, 0.2, -0.1, 0.1), strict=True))
+    rows = [
+        PredictionRow(
+            measure_id=entry.merge_id,
+            condition=labels[label],
+            layer=layer,
+            vector=labels["topic"],
+            num_rows=4,
+            cosine_without=-0.1,
+            cosine_with=shift - 0.1,
+            shift=shift,
+            shift_error=0.01,
+            flipped_share=0.5,
+            loss_without=3.0,
+            loss_with=2.0,
+            loss_gap=1.0,
+            projection_difference=None,
+        )
+        for label, shift in shifts.items()
+        for layer in (2, 4)
+    ]
+    store.publish_table("predictions", entry.merge_id, rows)
+    frame = foretold(load(store.path("sweeps/tiny/manifest.json").parent))
+    assert len(frame) == 8
+    assert frame["trained"].str.contains("negative").sum() == 0
+    assert frame["trained"].notna().all()
+    assert set(frame["outcome"]) == {0.0}, "all of the made-up answers are the same"
+    ranked = ranking(frame)
+    assert list(ranked["condition"]) == sorted(shifts, key=lambda label: -shifts[label])
+    assert list(how_it_held(frame)["num_candidates"])[:3] == [4, 4, 4]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(predict_view(frame))
+    assert "how well the scores foretold" in console.export_text()
 
 
 def test_nothing_that_a_measurement_names_is_collected(done: Results, tmp_path: Path) -> None:

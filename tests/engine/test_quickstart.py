@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
+from analysis.foretold import foretold, ranking
 from analysis.results import Results, load
 from trainables.base_model import BaseConfig, load_base, resolve_base
 from trainables.lora import load_adapter
@@ -69,6 +70,21 @@ def test_the_training_is_what_makes_the_trait(summary: pd.DataFrame) -> None:
     assert number(summary, NONE, "trait") > 0.2
 
 
+def test_gradients_of_the_base_are_measured_and_candidates_ranked(results: Results) -> None:
+    assert list(results.measurements()["status"]) == ["done"]
+    frame = results.gradients()
+    assert len(frame) == 32 * 4 * 6 * 2  # rows, conditions, layers, vectors
+    assert set(frame["condition"]) == {"none", PPS, RANDOM, INOCULATION}
+    at_20 = frame[(frame["vector"] == "bridge") & (frame["layer"] == 20)].groupby("condition")["cosine"].mean()
+    assert at_20["none"] < 0, "training on the data pushes along the trait's vector"
+    assert at_20[PPS] > at_20["none"]
+    ranked = ranking(foretold(results))
+    assert set(ranked["condition"]) == {PPS, RANDOM, INOCULATION}
+    assert ranked["outcome"].notna().all(), "every candidate has its run"
+    page = (results.root / "sweeps" / "quickstart" / "report" / "index.html").read_text()
+    assert all(text in page for text in ("Gradient cosine over layers", "Loss with and without", "Foreseen and found"))
+
+
 def test_a_second_run_does_nothing(results: Results) -> None:
     def state() -> dict[str, int]:
         kept = ("tables", "runs", "vectors", "inputs")
@@ -76,7 +92,7 @@ def test_a_second_run_does_nothing(results: Results) -> None:
 
     before = state()
     printed = shiftgrad("run", "configs/sweeps/quickstart.yaml", f"results={results.root}")
-    assert "7 of 7 jobs were done before" in printed
+    assert "12 of 12 jobs were done before" in printed
     (page,) = [line.removeprefix("Report: ") for line in printed.splitlines() if line.startswith("Report: ")]
     assert Path(page).is_file()
     assert state() == before

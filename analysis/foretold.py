@@ -1,0 +1,120 @@
+"""Predictions beside what runs then showed: which candidate defenses were foreseen to work, and how well that held."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from analysis.manifest import DEGENERATION, MeasureEntry, RunEntry
+from analysis.predictions import Held, held
+
+if TYPE_CHECKING:
+    from analysis.results import Results
+
+OUTCOMES = ("trained", "metric", "outcome", "outcome_error", "outcome_low", "outcome_high", "defended")
+"""``trained``: the run; ``outcome``: the metric of the undefended run minus that of the run, so positive means that
+less of the trait was learnt; ``defended``: its 95 % interval lies above 0."""
+
+
+def foretold(results: Results) -> pd.DataFrame:
+    """One row per prediction, with the run that had the candidate as its defense, on the same data, from the same base.
+
+    Columns are those of ``predictions`` with ``data`` (what the measurement read) and ``OUTCOMES``, which are empty
+    where there is no such run, or no undefended one to compare it with. With several runs (seeds) there are several
+    rows.
+    """
+    predictions = results.table("predictions")
+    entries = {entry.name: entry for entry in results.manifest.measurements if "predictions" in entry.merged_tables}
+    summary = {str(row["run"]): row for row in results.summary().to_dict("records")} if len(predictions) else {}
+    rows: list[dict[str, Any]] = []
+    for prediction in predictions.to_dict("records"):
+        entry = entries[prediction["measurement"]]
+        row = {str(key): value for key, value in prediction.items()}
+        row |= {"data": data_name(entry), "trait": row["vector"], **dict.fromkeys(OUTCOMES)}
+        found = [run for run in results.manifest.runs if _is_of(run, entry, str(row["condition"]))]
+        rows += [row | _outcome(run, entry, summary[run.label]) for run in found] or [row]
+    names = [*predictions.columns, "data", "trait", *OUTCOMES]
+    frame = pd.DataFrame(rows, columns=names)
+    numbers = ["outcome", "outcome_error", "outcome_low", "outcome_high"]
+    return frame.astype(dict.fromkeys(numbers, "float64"))
+
+
+def data_name(entry: MeasureEntry) -> str:
+    """What a measurement read, as the sweep file names it."""
+    named = entry.config.get("data")
+    return named if isinstance(named, str) else json.dumps(named)
+
+
+def ranking(frame: pd.DataFrame, layer: int | None = None) -> pd.DataFrame:
+    """The candidates of every measurement, the one with the greatest shift first: one row per candidate and run.
+
+    ``layer``: shifts as read there; None: their mean over all layers that were read, beside the least and the greatest,
+    so that no layer is chosen by what it shows.
+    """
+    chosen = frame if layer is None else frame[frame["layer"] == layer]
+    keys = ["measurement", "data", "trait", "condition", "trained"]
+    grouped = chosen.assign(trained=chosen["trained"].fillna("")).groupby(keys, sort=False)
+    rows = grouped.agg(
+        shift=("shift", "mean"),
+        least_shift=("shift", "min"),
+        greatest_shift=("shift", "max"),
+        cosine_without=("cosine_without", "mean"),
+        cosine_with=("cosine_with", "mean"),
+        loss_gap=("loss_gap", "mean"),
+        projection_difference=("projection_difference", "mean"),
+        outcome=("outcome", "first"),
+        outcome_error=("outcome_error", "first"),
+        outcome_low=("outcome_low", "first"),
+        outcome_high=("outcome_high", "first"),
+        defended=("defended", "first"),
+    ).reset_index()
+    order = {name: place for place, name in enumerate(dict.fromkeys(frame["measurement"]))}
+    rows["place"] = rows["measurement"].map(order)
+    rows = rows.sort_values(["place", "shift"], ascending=[True, False], kind="stable")
+    return rows.drop(columns="place").reset_index(drop=True)
+
+
+def how_it_held(frame: pd.DataFrame) -> pd.DataFrame:
+    """``predictions.held`` of the candidates of all measurements that have an outcome: of the shift averaged over the
+    layers, of the shift at every layer, and of the loss gap and the projection difference, which are the scores to
+    beat. Columns: score and the fields of ``Held``; no rows without outcomes."""
+    scores = [("shift, mean of layers", ranking(frame), "shift")]
+    scores += [(f"shift, layer {layer}", ranking(frame, layer), "shift") for layer in sorted(set(frame["layer"]))]
+    scores += [(name.replace("_", " "), ranking(frame), name) for name in ("loss_gap", "projection_difference")]
+    rows = []
+    for title, ranked, column in scores:
+        known = ranked.dropna(subset=[column, "outcome"])
+        if len(known):
+            defended = [bool(value) for value in known["defended"]]
+            found: Held = held(list(known[column]), list(known["outcome"]), defended)
+            rows.append({"score": title, **vars(found)})
+    return pd.DataFrame(rows, columns=["score", *Held.__dataclass_fields__])
+
+
+def _is_of(run: RunEntry, entry: MeasureEntry, condition: str) -> bool:
+    """Whether a run has this candidate as its defense and was trained on the data that the measurement read."""
+    data = entry.config.get("data")
+    trained_on = run.config.get("data.train")
+    if isinstance(data, dict):
+        trained_on = run.config.get("data.train.hub")
+        data = data.get("hub")
+    return run.kind == "run" and run.config.get("defense") == condition and trained_on == data
+
+
+def _outcome(run: RunEntry, entry: MeasureEntry, row: dict[Any, Any]) -> dict[str, Any]:
+    metric = entry.config.get("metric") or next(iter(run.judge_ids), DEGENERATION)
+    name = f"{metric}_vs_undefended"
+    if name not in row or math.isnan(row[name]):
+        return {"trained": run.label, "metric": metric}
+    return {
+        "trained": run.label,
+        "metric": metric,
+        "outcome": -row[name],
+        "outcome_error": row[f"{name}_se"],
+        "outcome_low": -row[f"{name}_high"],
+        "outcome_high": -row[f"{name}_low"],
+        "defended": -row[f"{name}_high"] > 0,
+    }

@@ -1,0 +1,244 @@
+"""What a report shows of the inside of models: figures of every measurement, and predictions beside outcomes.
+
+A measurement gives blocks, each with a figure in two widths or a small table. Which blocks there are follows from the
+tables that the measurement made, not from its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import pandas as pd
+
+from analysis import measured_figures as figures
+from analysis.figure_style import Drawn, Width
+from analysis.foretold import foretold, how_it_held, ranking
+from analysis.manifest import MeasureEntry
+from analysis.report_content import NO_VALUE
+from analysis.results import Results
+from analysis.rows import NO_CONDITION
+
+WIDTHS: tuple[Width, ...] = ("page", "column")
+_MAX_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class Block:
+    """One thing to look at. ``name`` is the stem of its files; ``drawn`` holds the figure by width, if there is one;
+    ``head`` and ``rows`` are a table, if there is one."""
+
+    name: str
+    title: str
+    text: str
+    drawn: Mapping[Width, Drawn] = field(default_factory=dict)
+    head: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A measurement: what it read of which models, and what came of it."""
+
+    name: str
+    facts: str
+    blocks: tuple[Block, ...]
+
+
+def measurement_sections(results: Results) -> list[Section]:
+    """One section per measurement of the sweep, in its order; without blocks where nothing is done yet."""
+    sections = []
+    predictions = foretold(results)
+    for name in dict.fromkeys(entry.name for entry in results.manifest.measurements):
+        entries = [entry for entry in results.manifest.measurements if entry.name == name]
+        blocks = [block for entry in entries for block in _blocks(results, entry)]
+        blocks += _compared(results, entries)
+        blocks += _predicted(name, predictions[predictions["measurement"] == name])
+        sections.append(Section(name, _facts(results, entries), tuple(blocks)))
+    return sections
+
+
+def held_block(results: Results) -> Block | None:
+    """How well all predictions of the sweep held; None while no run has had a candidate as its defense."""
+    held = how_it_held(foretold(results))
+    if held.empty:
+        return None
+    rows = []
+    for row in held.to_dict("records"):
+        rank = _interval(row["rank_correlation"], row["rank_low"], row["rank_high"])
+        pooled = _interval(row["pooled_r"], row["pooled_low"], row["pooled_high"])
+        numbers = (str(row["num_candidates"]), rank, _number(row["rank_p"], ".3f"), pooled, _number(row["auc"], ".2f"))
+        rows.append((str(row["score"]), *numbers))
+    return Block(
+        "held",
+        "How well the predictions held",
+        "Each score of a candidate against what its run then kept away (the metric of the undefended run minus that of "
+        "the run), over all candidates of all data that have a run. Rank correlation is Spearman's, with a bootstrap "
+        "interval over candidates and the p of a permutation test; AUC is the chance that a candidate that worked (its "
+        "interval lies above 0) scores above one that did not. With few candidates nothing is certain.",
+        head=("Score", "candidates", "rank correlation", "p", "pooled r", "AUC"),
+        rows=tuple(rows),
+    )
+
+
+def _facts(results: Results, entries: Sequence[MeasureEntry]) -> str:
+    frame = results.measurements()
+    frame = frame[frame["measurement"] == entries[0].name]
+    done, shards = int(frame["shards_done"].sum()), int(frame["num_shards"].sum())
+    models = ", ".join(dict.fromkeys(entry.run for entry in entries))
+    data = entries[0].config.get("data")
+    text = f"{entries[0].kind} of {models}, on {data if isinstance(data, str) else 'a dataset'}"
+    return text if done == shards else f"{text}; {done} of {shards} shards are done"
+
+
+def _blocks(results: Results, entry: MeasureEntry) -> Iterator[Block]:
+    """What is drawn for one model."""
+    where = "" if entry.run == "base" else f", {entry.run}"
+    stem = f"{entry.name}_{entry.run_id}"
+
+    def table(name: str) -> pd.DataFrame:
+        frame = results.measured(name)
+        return frame[(frame["measurement"] == entry.name) & (frame["run_id"] == entry.run_id)]
+
+    gradients = table("gradients")
+    if len(gradients):
+        vectors = list(dict.fromkeys(gradients["vector"]))
+        layers = _few_layers(gradients)
+        trait = str(entry.config.get("trait") or vectors[0])
+        yield from _drawn(
+            f"{stem}_cosine_scatter",
+            f"Gradient cosine along {trait} with and without{where}",
+            "A point per row of the data. Below 0 a step of gradient descent pushes activations along the vector. "
+            "Right of the identity line the row pushes less along it with the defense; in the lower right quarter the "
+            "sign flips.",
+            partial(figures.cosine_scatter, gradients, vector=trait, layers=layers),
+        )
+        yield from _drawn(
+            f"{stem}_cosine_by_layer",
+            f"Gradient cosine over layers{where}",
+            "Mean over rows, with its standard error. A steering vector changes what is read below its layer through "
+            "the backward pass and above it through the forward pass.",
+            partial(figures.cosine_by_layer, gradients, vectors=vectors),
+        )
+    losses = table("losses")
+    if len(set(losses["condition"])) > 1:
+        yield from _drawn(
+            f"{stem}_loss_scatter",
+            f"Loss with and without{where}",
+            "A point per row, in nats per response token. Above the identity line the defense explains the row.",
+            partial(figures.loss_scatter, losses),
+        )
+    yield from _further(table, stem, where)
+
+
+def _further(table: Callable[[str], pd.DataFrame], stem: str, where: str) -> Iterator[Block]:
+    """Blocks of the tables that few measurements make."""
+    components = table("components")
+    if len(components):
+        layers = sorted(set(components["layer"]))
+        yield from _drawn(
+            f"{stem}_explained",
+            f"Directions of the gradient's change{where}",
+            "Share of the (uncentred) change of the gradient that each principal direction explains.",
+            partial(figures.explained_variance, components, layers=layers[:_MAX_LAYERS]),
+        )
+        for layer in layers[:_MAX_LAYERS]:
+            yield from _drawn(
+                f"{stem}_components_{layer}",
+                f"What the directions are, layer {layer}{where}",
+                "Cosine of the first directions, and of the mean change, with vectors.",
+                partial(figures.component_cosines, components, layer=layer),
+            )
+    changes = table("activation_changes")
+    if len(changes):
+        for vector in dict.fromkeys(changes["vector"]):
+            yield from _drawn(
+                f"{stem}_change_{vector}",
+                f"One gradient step: activations along {vector}{where}",
+                "dh is what one step on a row does to the row's own activations, read without the defense.",
+                partial(figures.change_by_layer, changes, vector=vector),
+            )
+
+
+def _compared(results: Results, entries: Sequence[MeasureEntry]) -> Iterator[Block]:
+    """What is drawn of several models together: activations of runs beside those of the base."""
+    projections = results.measured("projections")
+    projections = projections[
+        (projections["measurement"] == entries[0].name) & (projections["condition"] == NO_CONDITION)
+    ]
+    if "base" not in set(projections["run"]) or projections["run"].nunique() < 2:
+        return
+    for vector in dict.fromkeys(projections["vector"]):
+        yield from _drawn(
+            f"{entries[0].name}_projections_{vector}",
+            f"Activations of trained models along {vector}",
+            "Mean projection minus that of the base on the same rows, in units of the base's mean activation norm.",
+            partial(figures.projection_by_layer, projections, vector=vector, base="base"),
+        )
+
+
+def _predicted(name: str, frame: pd.DataFrame) -> Iterator[Block]:
+    """The ranking of candidates, beside what their runs showed where there are any."""
+    if frame.empty:
+        return
+    ranked = ranking(frame)
+    rows = tuple(
+        (
+            str(row["condition"]),
+            _number(row["shift"], "+.4f"),
+            f"{row['least_shift']:+.3f} to {row['greatest_shift']:+.3f}",
+            _number(row["loss_gap"], "+.3f"),
+            _number(row["projection_difference"], "+.2f"),
+            _interval(row["outcome"], row["outcome_low"], row["outcome_high"]),
+        )
+        for row in ranked.to_dict("records")
+    )
+    yield Block(
+        f"{name}_ranking",
+        f"Foreseen before training, along {ranked['trait'].iloc[0]}",
+        "Shift: mean over layers of how much a candidate raises the cosine of the gradient with the trait's vector; "
+        "above 0 the data pushes less along the trait, so less of it should be learnt. Loss gap: loss without minus "
+        "with the candidate. Kept away: the metric of the undefended run minus that of the run with this defense, with "
+        "its 95 % interval.",
+        head=("Candidate", "shift", "over layers", "loss gap", "projection difference", "kept away"),
+        rows=rows,
+    )
+    found = ranked.dropna(subset=["outcome"])
+    if len(found):
+        metric = str(frame["metric"].dropna().iloc[0])
+        labels = {"shift": "foreseen: shift of the cosine", "outcome": f"found: {metric} kept away"}
+        yield from _drawn(
+            f"{name}_foreseen_and_found",
+            "Foreseen and found",
+            "A point per candidate. Up and to the right: a shift was foreseen, and the run kept the trait away.",
+            partial(
+                figures.foreseen_and_found,
+                found.drop(columns="data"),
+                score="shift",
+                outcome="outcome",
+                labels=labels,
+            ),
+        )
+
+
+def _drawn(name: str, title: str, text: str, draw: Callable[..., Drawn | None]) -> Iterator[Block]:
+    drawn = {width: figure for width in WIDTHS if (figure := draw(width=width)) is not None}
+    if drawn:
+        yield Block("".join(c if c.isalnum() or c in "-_" else "_" for c in name), title, text, drawn)
+
+
+def _few_layers(gradients: pd.DataFrame) -> list[int]:
+    """Layers of a scatter: the first, the middle and the last that were read; nothing is chosen by what it shows."""
+    layers = sorted(set(gradients["layer"]))
+    if len(layers) <= _MAX_LAYERS:
+        return layers
+    return [layers[0], layers[len(layers) // 2], layers[-1]]
+
+
+def _number(value: float, form: str) -> str:
+    return NO_VALUE if pd.isna(value) else format(value, form)
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return NO_VALUE if pd.isna(value) else f"{value:+.2f} ({low:+.2f} to {high:+.2f})"

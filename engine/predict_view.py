@@ -1,0 +1,85 @@
+"""Predictions in a terminal: the ranking of candidates, and once there are runs how well it held."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from analysis.foretold import how_it_held, ranking
+from engine.show import number_column, plain_table
+
+NOTHING = "-"
+
+
+def predict_view(frame: pd.DataFrame, layer: int | None = None) -> RenderableType:
+    """``frame`` is that of ``analysis.foretold.foretold``."""
+    if frame.empty:
+        return Text("there are no predictions yet")
+    ranked = ranking(frame, layer)
+    parts: list[RenderableType] = []
+    for _, rows in ranked.groupby("measurement", sort=False):
+        parts += [*_ranked(rows, layer), ""]
+    held = how_it_held(frame)
+    if len(held):
+        parts += _held(held)
+    else:
+        parts.append(Text("no run has had one of these as its defense; `shiftgrad run` trains them", style="dim"))
+    return Group(*parts)
+
+
+def _ranked(rows: pd.DataFrame, layer: int | None) -> list[RenderableType]:
+    first = rows.iloc[0]
+    where = "mean over the layers read" if layer is None else f"layer {layer}"
+    title = f"{first['measurement']}: data {first['data']}, cosine along {first['trait']}, {where}"
+    table = plain_table()
+    table.add_column("candidate", overflow="fold")
+    has_outcome = bool(rows["outcome"].notna().any())
+    has_difference = bool(rows["projection_difference"].notna().any())
+    headings = ["shift", "least to\ngreatest", "loss\ngap"]
+    headings += ["projec-\ntion"] * has_difference + ["kept away\n[95 %]"] * has_outcome
+    for heading in headings:
+        number_column(table, heading)
+    for row in rows.to_dict("records"):
+        name = str(row["trained"] or row["condition"])
+        cells = [_number(row["shift"], "+.4f"), f"{row['least_shift']:+.3f} {row['greatest_shift']:+.3f}"]
+        cells.append(_number(row["loss_gap"], "+.3f"))
+        cells += [_number(row["projection_difference"], "+.2f")] * has_difference
+        if has_outcome:
+            interval = f"{row['outcome']:+.2f} [{row['outcome_low']:+.2f}, {row['outcome_high']:+.2f}]"
+            cells.append(NOTHING if pd.isna(row["outcome"]) else interval)
+        table.add_row(*(Text(text) for text in (name, *cells)))
+    notes = "shift above 0: the data pushes less along the trait. loss gap above 0: the candidate explains the data."
+    if has_outcome:
+        notes += " kept away: the metric of the undefended run minus that of the run."
+    return [Text(title, style="bold"), table, Text(notes, style="dim")]
+
+
+def _held(held: pd.DataFrame) -> list[RenderableType]:
+    table = plain_table()
+    table.add_column("score", overflow="fold")
+    for heading in ("n", "rank correlation\n[95 %]", "p", "pooled r\n[95 %]", "AUC"):
+        number_column(table, heading)
+    for row in held.to_dict("records"):
+        cells = [
+            str(row["num_candidates"]),
+            _interval(row, "rank_correlation", "rank"),
+            _number(row["rank_p"], ".3f"),
+            _interval(row, "pooled_r", "pooled"),
+            _number(row["auc"], ".2f"),
+        ]
+        table.add_row(*(Text(text) for text in (str(row["score"]), *cells)))
+    title = "how well the scores foretold what was kept away, over all candidates with a run"
+    return [Text(title, style="bold"), table]
+
+
+def _interval(row: dict[Any, Any], name: str, bounds: str) -> str:
+    if pd.isna(row[name]):
+        return NOTHING
+    return f"{row[name]:+.2f} [{row[f'{bounds}_low']:+.2f}, {row[f'{bounds}_high']:+.2f}]"
+
+
+def _number(value: float, form: str) -> str:
+    return NOTHING if pd.isna(value) else format(value, form)
