@@ -56,6 +56,7 @@ app.command()(cli_results.gc)
 app.command()(cli_results.report)
 app.command("import")(cli_formats.import_)
 app.command()(cli_formats.export)
+app.command()(cli_results.serving)
 
 
 @app.command()

@@ -1,4 +1,5 @@
-"""Commands that read what is in a store: ``table``, ``status``, ``show``, ``diff``, ``sample``, ``gc``, ``report``."""
+"""Commands that read what is in a store: ``table``, ``status``, ``show``, ``diff``, ``sample``, ``gc``, ``report``,
+``serving``."""
 
 from __future__ import annotations
 
@@ -170,3 +171,15 @@ def report(path: SweepFolderArgument) -> None:
     results = load(path)
     page = publish_report(results, Store.open(results.root))
     Console().print(Text(str(page)), soft_wrap=True)
+
+
+def serving(path: SweepFolderArgument) -> None:
+    """Print the command that serves the runs of a sweep with vLLM, so that answers can come from there.
+
+    Example: [bold]shiftgrad serving results/sweeps/quickstart[/bold], for [bold]evaluation.answers_from[/bold]
+    """
+    from analysis.results import load
+    from engine.serving import vllm_commands
+
+    for command in vllm_commands(load(path)):
+        print(command)

@@ -132,8 +132,9 @@ class Graph:
         asked = Question(questions[0].id, questions[0].text)
         key = self.sweep.key(sound.index, "evaluation", "system_prompt")
         self.proofs.must_render(sound.found.base, asked, sampling, key)
-        identity = task_id(SampleTask.identity(run_id, questions, sampling))
-        return SampleTask(id=identity, questions=questions, sampling=sampling)
+        endpoint = sound.cell.evaluation.answers_from
+        identity = task_id(SampleTask.identity(run_id, questions, sampling, from_server=endpoint is not None))
+        return SampleTask(id=identity, questions=questions, sampling=sampling, endpoint=endpoint)
 
     def _loss(self, run_id: str, sound: SoundCell) -> LossTask:
         content, max_length = sound.found.plain_answers, sound.cell.data.max_length

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from analysis.judges import BaseMetric, Item
 from analysis.judges.local import LocalMetric
 from analysis.judges.openai import OpenaiMetric
+from engine.answering import requests
 from engine.budget import estimate
 from engine.endpoints import EndpointConfig
-from engine.tasks import Job, JudgeTask, RunJob, SampleTask
+from engine.tasks import AnswerTask, Job, JudgeTask, RunJob, SampleTask
+
+RUNS = "the runs"
+"""What is asked where answers come from a server."""
 
 CHARACTERS_PER_ANSWER_TOKEN = 5  # more than in usual English text: an answer is taken to be as long as it may be
 
@@ -28,7 +32,7 @@ class JudgeCost:
 
     def describe(self) -> str:
         """One line for people."""
-        calls = f"up to {self.num_calls:,} judge calls"
+        calls = f"{self.num_calls:,} answers" if self.model == RUNS else f"up to {self.num_calls:,} judge calls"
         if self.endpoint is None:
             return f"{calls} of {self.model} in memory"
         tokens = f"{self.num_prompt_tokens:,} + {self.num_completion_tokens:,} tokens"
@@ -63,6 +67,21 @@ def judge_costs(
             dollars=None if endpoint is None else endpoints[endpoint].price(prompt, completion),
         )
         for (model, endpoint), (calls, prompt, completion) in sums.items()
+    ]
+
+
+def answer_costs(tasks: Iterable[AnswerTask], endpoints: Mapping[str, EndpointConfig]) -> list[JudgeCost]:
+    """What answers from servers take at most, by endpoint."""
+    sums: dict[str, list[int]] = {}
+    for task in tasks:
+        counts = sums.setdefault(task.endpoint, [0, 0, 0])
+        for request in requests(task):
+            wanted = estimate(request)
+            for index, count in enumerate((1, wanted.num_prompt_tokens, wanted.num_completion_tokens)):
+                counts[index] += count
+    return [
+        JudgeCost(RUNS, name, calls, prompt, completion, endpoints[name].price(prompt, completion))
+        for name, (calls, prompt, completion) in sums.items()
     ]
 
 

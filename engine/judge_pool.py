@@ -1,7 +1,8 @@
-"""The judge pool: Ray actors that score finished answers while other runs still train.
+"""The judge pool: Ray actors that score finished answers while other runs still train, and ask servers for answers.
 
-Actors are of one group each: judges that need no model; the actors of one endpoint, which share a budget; one actor
-per model of local judges. They need no CPU of their own but for a local model, whose one thread runs beside the trials.
+Actors are of one group each: judges that need no model; those that ask one endpoint for judgements, or for the answers
+of runs, which share its budget; one actor per model of local judges. They need no CPU of their own but for a local
+model, whose one thread runs beside the trials.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import ray
 from analysis.judges import Asker, Reply, Request
 from analysis.judges.local import LocalMetric
 from analysis.judges.openai import OpenaiMetric
+from engine.answering import answer_task
 from engine.budget import Budget, Estimate, Grant
 from engine.endpoints import EndpointConfig
 from engine.judging import Judged, ReplyDesk, judge_task
 from engine.openai_asker import OpenAIAsker
+from engine.software import Software, check_same, software
 from engine.store import Store
-from engine.tasks import JudgeTask
+from engine.tasks import AnswerTask, JudgeTask
 from trainables.base_model import ResolvedBase
 
 if TYPE_CHECKING:
@@ -85,12 +88,27 @@ class RemoteBudget:
 class _JudgeActor:
     """Does judging tasks, many at a time; its replies are on disk before they count, so a new one goes on."""
 
-    def __init__(self, store: Store, asker: Callable[[], Asker] | None) -> None:
+    def __init__(self, store: Store, asker: Callable[[], Asker] | None, driver: Software) -> None:
         self.store = store
-        self.desk = ReplyDesk(store, None if asker is None else asker())
+        self.driver = driver
+        self._make = asker
+        self._desk: ReplyDesk | None = None
+
+    @property
+    def desk(self) -> ReplyDesk:
+        """Made when first needed, so that other software than the driver's is told as such, not as a failing model."""
+        if self._desk is None:
+            check_same(self.driver, software())
+            self._desk = ReplyDesk(self.store, None if self._make is None else self._make())
+        return self._desk
 
     async def judge(self, task: JudgeTask) -> Judged:
         return await judge_task(self.store, task, self.desk)
+
+    async def answer(self, task: AnswerTask) -> Judged:
+        asker = self.desk.asker
+        assert isinstance(asker, OpenAIAsker)
+        return await answer_task(self.store, task, self.desk, asker)
 
     async def counts(self) -> dict[str, int]:
         """What was asked, for progress and benchmarks."""
@@ -112,6 +130,7 @@ class JudgePool:
         failed: Callable[[str, str], None],
         endpoints: Mapping[str, EndpointConfig] | None = None,
         *,
+        answers: Sequence[AnswerTask] = (),
         local_gpus: float = 0.0,
     ) -> None:
         self.store = store
@@ -119,15 +138,18 @@ class JudgePool:
         self.endpoints = endpoints or {}
         self.failed = failed
         self.local_gpus = local_gpus
+        self.answers = {task.id: task for task in answers}
+        self.software = software()
         self.pending: dict[Any, str] = {}
         self.submitted: set[str] = set()
         self.judged: dict[str, Judged] = {}
         self._actors: dict[Group, list[Any]] = {}
+        self._budgets: dict[str, Any] = {}  # by endpoint
         self._seat: dict[tuple[Group, str], Any] = {}  # metrics that ask the same share replies
 
     def start(self) -> None:
         """Start the processes that the tasks need, and wait until they are up; without it each starts when needed."""
-        for task in self.tasks.values():
+        for task in self._all():
             self._actor(task)
         ray.get([actor.counts.remote() for actors in self._actors.values() for actor in actors])
 
@@ -138,6 +160,14 @@ class JudgePool:
                 ray.kill(actor)
         self._actors.clear()
         self._seat.clear()
+
+    def answer(self, sample_id: str) -> None:
+        """Ask for the answers of a sampling task whose run is served, if it is one; they are judged when they are
+        there."""
+        task = self.answers.get(sample_id)
+        if task is not None and task.id not in self.submitted:
+            self.submitted.add(task.id)
+            self.pending[self._actor(task).answer.remote(task)] = task.id
 
     def submit(self, sample_id: str) -> None:
         """Judge the answers of a finished sampling task by every metric; asking again does nothing."""
@@ -164,49 +194,71 @@ class JudgePool:
             except ray.exceptions.RayError as error:
                 self.failed(task_id, _reason(error))
                 continue
+            if task_id in self.answers:
+                if judged.num_open:
+                    why = f"{judged.num_open} of {judged.num_answers} answers did not come: {judged.why}"
+                    self.failed(task_id, why)
+                else:
+                    self.submit(task_id)
+                continue
             self.judged[task_id] = judged
             if judged.num_open:
                 self.failed(task_id, f"{judged.num_open} of {judged.num_answers} answers have no score: {judged.why}")
 
-    def _actor(self, task: JudgeTask) -> Any:
+    def _all(self) -> list[JudgeTask | AnswerTask]:
+        return [*self.tasks.values(), *self.answers.values()]
+
+    def _actor(self, task: JudgeTask | AnswerTask) -> Any:
         group = _group(task)
-        seat = (group, task.sample_id)
+        seat = (group, task.id if isinstance(task, AnswerTask) else task.sample_id)
         if seat not in self._seat:
             actors = self._actors.setdefault(group, self._start(group, task))
             self._seat[seat] = actors[sum(1 for known, _ in self._seat if known == group) % len(actors)]
         return self._seat[seat]
 
-    def _start(self, group: Group, task: JudgeTask) -> list[Any]:
+    def _start(self, group: Group, task: JudgeTask | AnswerTask) -> list[Any]:
         if group in self._actors:
             return self._actors[group]
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 2, "max_task_retries": 2}
-        asking = task.metric.asking
-        if isinstance(asking, OpenaiMetric):
-            endpoint = self.endpoints[asking.endpoint]
-            key = os.environ.get(endpoint.api_key_env, "") if endpoint.api_key_env else ""
-            budget = BudgetActor.remote(endpoint) if Budget.limits(endpoint) else None  # type: ignore[attr-defined]
-            share = max(1, endpoint.max_concurrency // endpoint.actors)
-            maker: Callable[[], Asker] | None = _EndpointAsker(endpoint, share, budget, key)
-            number = endpoint.actors
+        asking = task.metric.asking if isinstance(task, JudgeTask) else None
+        maker: Callable[[], Asker] | None
+        if isinstance(task, AnswerTask):
+            maker, number = self._endpoint_asker(task.endpoint, answers=True)
+        elif isinstance(asking, OpenaiMetric):
+            maker, number = self._endpoint_asker(asking.endpoint, answers=False)
         elif isinstance(asking, LocalMetric):
             maker, number = _LocalAsker(asking.base, self.local_gpus > 0), 1
             options["num_gpus"] = self.local_gpus
         else:
             maker, number = None, 1
         actor = ray.remote(**options)(_JudgeActor)
-        return [actor.remote(self.store, maker) for _ in range(number)]
+        return [actor.remote(self.store, maker, self.software) for _ in range(number)]
+
+    def _endpoint_asker(self, name: str, *, answers: bool) -> tuple[_EndpointAsker, int]:
+        """What asks an endpoint, and in how many processes. Judgements and answers share its budget and its places."""
+        endpoint = self.endpoints[name]
+        key = os.environ.get(endpoint.api_key_env, "") if endpoint.api_key_env else ""
+        if name not in self._budgets:
+            limits = Budget.limits(endpoint)
+            self._budgets[name] = BudgetActor.remote(endpoint) if limits else None  # type: ignore[attr-defined]
+        groups = {_group(task) for task in self._all()}
+        processes = endpoint.actors * len({("openai", name), ("answers", name)} & groups)
+        share = max(1, endpoint.max_concurrency // max(1, processes))
+        return _EndpointAsker(endpoint, share, self._budgets[name], key, answers), endpoint.actors
 
 
 class _EndpointAsker:
     """Makes the asker of an endpoint in the actor's process."""
 
-    def __init__(self, endpoint: EndpointConfig, share: int, budget: Any, key: str) -> None:
-        self.endpoint, self.share, self.budget = endpoint, share, budget
+    def __init__(self, endpoint: EndpointConfig, share: int, budget: Any, key: str, answers: bool) -> None:
+        self.endpoint, self.share, self.budget, self.answers = endpoint, share, budget, answers
         self._key = key
 
     def __call__(self) -> Asker:
         budget = None if self.budget is None else RemoteBudget(self.budget)
-        return OpenAIAsker(self.endpoint, max_concurrency=self.share, budget=budget, key=self._key or None)
+        return OpenAIAsker(
+            self.endpoint, max_concurrency=self.share, budget=budget, key=self._key or None, answers=self.answers
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.endpoint.base_url!r})"
@@ -259,7 +311,9 @@ class _InBatches:
             self._working = None
 
 
-def _group(task: JudgeTask) -> Group:
+def _group(task: JudgeTask | AnswerTask) -> Group:
+    if isinstance(task, AnswerTask):
+        return "answers", task.endpoint
     asking = task.metric.asking
     if isinstance(asking, OpenaiMetric):
         return "openai", asking.endpoint

@@ -13,7 +13,7 @@ from analysis.tables import table_key
 from engine.endpoints import EndpointConfig
 from engine.reply_log import FOLDER, ReplyLog, known_replies
 from engine.store import Store
-from engine.tasks import JudgeTask
+from engine.tasks import AnswerTask, JudgeTask
 from trainables.errors import Fault
 
 OPEN_STATUSES = frozenset({"api_error", "budget_exhausted"})
@@ -31,10 +31,14 @@ def is_judged(store: Store, judge_id: str) -> bool:
 
 
 def missing_keys(
-    tasks: Iterable[JudgeTask], endpoints: Mapping[str, EndpointConfig], environment: Mapping[str, str]
+    tasks: Iterable[JudgeTask],
+    answers: Iterable[AnswerTask],
+    endpoints: Mapping[str, EndpointConfig],
+    environment: Mapping[str, str],
 ) -> list[Fault]:
     """Endpoints that are to be asked and whose key is not in the environment."""
     named = {asking.endpoint for task in tasks if isinstance(asking := task.metric.asking, OpenaiMetric)}
+    named |= {task.endpoint for task in answers}
     return [
         Fault(
             f"endpoints.{name}.api_key_env",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from analysis.judges import DegenerationMetric, MetricConfig
 from analysis.manifest import DEGENERATION as DEGENERATION
 from analysis.summary_columns import repeated_columns
+from engine.config_faults import nearest, show
 from engine.contents import prompt_bank, resolved_metric
 from engine.named import Named
 from engine.sources import Sources
@@ -49,9 +50,13 @@ def look_up(named: Named, key: Key, sources: Sources, vectors: VectorTasks) -> F
     is_defense_sound = _check_defense(named, key, base, sources, vectors)
     questions, plain_answers, plain_key = _questions(named, key, sources)
     metrics = _metrics(named, key, sources)
+    is_server_known = named.answers_from is None or named.answers_from in sources.endpoints
+    if not is_server_known:
+        message = f"no endpoint {show(named.answers_from)}; {nearest(str(named.answers_from), sources.endpoints)}"
+        sources.faults.append(Fault(key("evaluation", "answers_from"), message))
     if base is None or content is None or prompts is None or not is_defense_sound:
         return None
-    if questions is None or plain_answers is None or metrics is None:
+    if questions is None or plain_answers is None or metrics is None or not is_server_known:
         return None
     return Found(*base, content, prompts, questions, plain_answers, plain_key, metrics)
 

@@ -65,7 +65,15 @@ def gpus_per_trial(execution: ExecutionConfig, machine: Machine) -> float:
 
 
 def resource_faults(execution: ExecutionConfig, machine: Machine) -> list[Fault]:
-    """What one trial asks for that the machine does not have."""
+    """What one trial or local judge asks for that the machine does not have."""
+    judge_gpus = gpus_per_local_judge(execution, machine)
+    if judge_gpus > max(node.num_gpus for node in machine.nodes or (machine,)):
+        message = f"{judge_gpus:g} GPUs asked for; no machine has more than {machine.num_gpus:g}"
+        return [*_trial_faults(execution, machine), Fault("execution.gpus_per_local_judge", message)]
+    return _trial_faults(execution, machine)
+
+
+def _trial_faults(execution: ExecutionConfig, machine: Machine) -> list[Fault]:
     if machine.nodes and all(_asked_too_much(execution, node, machine) for node in machine.nodes):
         nodes = ", ".join(
             f"{node.num_cpus} CPUs {node.num_gpus:g} GPUs {node.memory_gb:.0f} GB" for node in machine.nodes[:5]
@@ -100,6 +108,22 @@ def num_trials(execution: ExecutionConfig, machine: Machine) -> int:
     gpus = gpus_per_trial(execution, machine)
     fits = sum(_num_fitting(execution, node, gpus) for node in machine.nodes or (machine,))
     return max(1, fits if execution.trials == "auto" else min(fits, execution.trials))
+
+
+def gpus_per_local_judge(execution: ExecutionConfig, machine: Machine) -> float:
+    """The GPUs that each local judge gets: auto is one if there is any."""
+    if execution.gpus_per_local_judge == "auto":
+        return 1.0 if machine.num_gpus >= 1 else 0.0
+    return execution.gpus_per_local_judge
+
+
+def num_trials_beside(trials: int, gpus_per_trial: float, gpus_of_judges: float, machine: Machine) -> int:
+    """How many of ``trials`` run side by side so that local judges have their GPUs too; all of them where the machine
+    is too small for both, and the judges wait."""
+    left = machine.num_gpus - gpus_of_judges
+    if gpus_per_trial == 0 or gpus_of_judges == 0 or left < gpus_per_trial:
+        return trials
+    return max(1, min(trials, math.floor(left / gpus_per_trial + _ROUNDING)))
 
 
 def _num_fitting(execution: ExecutionConfig, machine: Machine, gpus: float) -> int:

@@ -30,6 +30,7 @@ class Named:
     train: str | HubDataset | None
     defense: tuple[Item | None, ...]
     questions: str | None
+    answers_from: str | None
     plain_answers: str | None
     metrics: Mapping[str, MetricConfig]
 
@@ -46,6 +47,7 @@ def named(cell: Cell) -> Named:
         train=cell.data.train,
         defense=cell.defense,
         questions=evaluation.questions,
+        answers_from=evaluation.answers_from,
         plain_answers=evaluation.plain_answers,
         metrics=evaluation.metrics,
     )
@@ -65,6 +67,7 @@ def salvaged(raw: Mapping[str, Any]) -> Named:
         train=sound_data.train if sound_data is not None else None,
         defense=tuple(salvaged_item(item) for item in raw["defense"]),
         questions=_text(evaluation.get("questions")),
+        answers_from=_text(evaluation.get("answers_from")),
         plain_answers=_text(evaluation.get("plain_answers")),
         metrics=metrics,
     )

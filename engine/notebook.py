@@ -54,6 +54,7 @@ class NotebookProgress:
         self.num_jobs = 0
         self.running: dict[str, _Job] = {}
         self.ended: list[tuple[str, bool]] = []  # what to say of it, whether it went well
+        self.said: list[tuple[str, bool]] = []  # about what is no job
         self.stopped = False
         self._output: Display | None = None
         self._last = 0.0
@@ -83,6 +84,11 @@ class NotebookProgress:
         self.ended.append((f"[{stamp:>7}] {label}: {outcome}", ok))
         self._update()
 
+    def say(self, text: str, *, ok: bool = True) -> None:
+        stamp = duration(time.monotonic() - self.begun)
+        self.said.append((f"[{stamp:>7}] {text}", ok))
+        self._update()
+
     def stop(self) -> None:
         self.stopped = True
         self._update()
@@ -98,6 +104,8 @@ class NotebookProgress:
         heading = f"{len(self.ended)} of {self.num_jobs} jobs ended"
         heading += f", {len(bad)} of them failed or skipped" if bad else ""
         heading += f" ({duration(time.monotonic() - self.begun)})"
+        good += [line for line, went_well in self.said if went_well]
+        bad += [line for line, went_well in self.said if not went_well]
         running = list(self.running.values())
         if self.stopped and running:
             heading += f"; stopped while {len(running)} ran"

@@ -7,15 +7,24 @@ its token counts from. All faults of a stage are reported at once.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from analysis.judges.local import LocalMetric
 from analysis.manifest import Manifest, RunEntry
 from engine.graph import BASE, Cost, Graph, SoundCell
 from engine.lookup import look_up
-from engine.machine import Machine, gpus_per_trial, num_trials, resource_faults
+from engine.machine import (
+    Machine,
+    gpus_per_local_judge,
+    gpus_per_trial,
+    num_trials,
+    num_trials_beside,
+    resource_faults,
+)
 from engine.measure_tasks import MeasureCost, MeasureTasks, Target, base_targets
 from engine.named import named
 from engine.only import parse, select
@@ -25,8 +34,10 @@ from engine.sources import Sources
 from engine.store import Store
 from engine.sweep_file import Sweep, check_sweep
 from engine.tasks import (
+    AnswerTask,
     Job,
     JudgeTask,
+    RunJob,
     measurements_of,
     part_of,
 )
@@ -54,10 +65,18 @@ class Prepared:
     device: str
     num_trials: int
     gpus_per_trial: float
+    gpus_per_local_judge: float
     proved: Mapping[str, Sequence[int]]  # see engine/proved.py
     only: str | None = None
     smoke: bool = False
     measure_only: bool = False
+
+    @property
+    def answers(self) -> tuple[AnswerTask, ...]:
+        """What servers are asked for."""
+        if self.measure_only:
+            return ()
+        return tuple(task for job in self.jobs.values() if isinstance(job, RunJob) for task in job.answers())
 
     @property
     def num_runs(self) -> int:
@@ -126,20 +145,26 @@ def prepare(
     asked_jobs = jobs if only is None else part_of(jobs, asked)
     if measure_only:
         asked_jobs = measurements_of(asked_jobs, table)
+    wanted = [] if measure_only else _judge_ids(asked)
+    judge_tasks = {judge_id: graph.judge_tasks[judge_id] for judge_id in wanted}
+    judge_gpus = gpus_per_local_judge(execution, machine)
     return Prepared(
         sweep=replace(sweep, results=stores[-1]),
         manifest=Manifest(
             name=sweep.name, runs=graph.rows(None), vectors=vectors.ids, measurements=tuple(measures.entries)
         ),
         jobs=asked_jobs,
-        judge_tasks={} if measure_only else {judge_id: graph.judge_tasks[judge_id] for judge_id in _judge_ids(asked)},
+        judge_tasks=judge_tasks,
         inputs=sources.inputs,
         costs=graph.costs(),
         measure_costs=measures.costs(),
         asked=asked,
         device="cuda" if gpus > 0 else "cpu",
-        num_trials=num_trials(execution, machine),
+        num_trials=num_trials_beside(
+            num_trials(execution, machine), gpus, judge_gpus * _num_local_judges(judge_tasks.values()), machine
+        ),
         gpus_per_trial=gpus,
+        gpus_per_local_judge=judge_gpus,
         proved=proved.kept,
         only=only,
         smoke=smoke,
@@ -156,6 +181,12 @@ def _measures(
     bases = base_targets(sweep, sources, graph.base_jobs.values(), graph.shapes)
     measures.add_all(bases, runs, smoke=smoke)
     return measures
+
+
+def _num_local_judges(tasks: Iterable[JudgeTask]) -> int:
+    """Models of local judges: each has a process of its own."""
+    asking = [task.metric.asking for task in tasks]
+    return len({json.dumps(one.base.identity()) for one in asking if isinstance(one, LocalMetric)})
 
 
 def _judge_ids(entries: Sequence[RunEntry]) -> list[str]:

@@ -29,6 +29,9 @@ class ProgressView(Protocol):
 
     def job_ended(self, job_id: str, label: str, outcome: str, *, ok: bool = True) -> None: ...
 
+    def say(self, text: str, *, ok: bool = True) -> None:
+        """A line about something that is no job."""
+
     def stop(self) -> None: ...
 
 
@@ -113,6 +116,9 @@ class LineProgress:
         self.num_ended += 1
         self._line(f"{label}: {outcome} ({self.num_ended}/{self.num_jobs} jobs)", "" if ok else "red")
 
+    def say(self, text: str, *, ok: bool = True) -> None:
+        self._line(text, "" if ok else "red")
+
     def stop(self) -> None:
         """Nothing stays open."""
 
@@ -170,6 +176,10 @@ class LiveProgress:
         self.progress.console.print(Text(f"[{stamp:>7}] {label}: {outcome}", "" if ok else "red"))
         if self.sweep is not None:
             self.progress.advance(self.sweep)
+
+    def say(self, text: str, *, ok: bool = True) -> None:
+        stamp = duration(time.monotonic() - self.begun)
+        self.progress.console.print(Text(f"[{stamp:>7}] {text}", "" if ok else "red"))
 
     def stop(self) -> None:
         self.progress.stop()

@@ -30,7 +30,7 @@ from engine.proved import proved_key
 from engine.ray_session import RaySession
 from engine.stopping import Stoppable
 from engine.store import Store
-from engine.tasks import Job, JudgeTask, MeasureJob, RunJob
+from engine.tasks import AnswerTask, Job, JudgeTask, MeasureJob, RunJob
 from engine.trackers.feed import Feed
 from engine.versions import versions
 from trainables.errors import ConfigError
@@ -78,18 +78,23 @@ class _Watcher:
         if "sampled" in figures and self.pool is not None:
             self.pool.submit(str(figures["sampled"]))
         self.view.job_figures(job_id, self._label(job_id), figures)
+        self._poll()
 
     def done(self, job_id: str) -> None:
         job = self.prepared.jobs[job_id]
         if isinstance(job, RunJob) and self.pool is not None:
             for sample in job.samples:
-                self.pool.submit(sample.id)
+                if sample.endpoint is None:
+                    self.pool.submit(sample.id)
+                else:
+                    self.pool.answer(sample.id)
         seconds = time.monotonic() - self.begun.get(job_id, time.monotonic())
         left = ""
         if isinstance(job, MeasureJob):
             self.num_shards[job.name, job.run] -= 1
             left = self._shards_left(job, seconds)
         self.view.job_ended(job_id, self._label(job_id), f"done in {seconds:.0f} s{left}")
+        self._poll()
 
     def _shards_left(self, job: MeasureJob, seconds: float) -> str:
         """How many shards of the same measurement and model are still open, and how long they take at this pace."""
@@ -98,6 +103,11 @@ class _Watcher:
             return ""
         guess = duration(num_left * seconds / min(self.prepared.num_trials, num_left))
         return f"; {num_left} more shard{'s' if num_left != 1 else ''}, about {guess}"
+
+    def _poll(self) -> None:
+        """Judges that failed are told while others train, not at the end."""
+        if self.pool is not None:
+            self.pool.poll()
 
     def failed(self, job_id: str, reason: str) -> None:
         failure = Failure(kind="failed", reason=reason, log_tail=self._log_tail(job_id))
@@ -110,6 +120,17 @@ class _Watcher:
 
     def judging_failed(self, task_id: str, reason: str) -> None:
         self._note(task_id, Failure(kind="failed", reason=reason))
+        self.view.say(f"{self._judged_label(task_id)}: FAILED: {reason}", ok=False)
+
+    def _judged_label(self, task_id: str) -> str:
+        """What a task of the judge pool is about: a run with a metric, or with its answers from a server."""
+        for entry in self.prepared.asked:
+            if entry.sample_id == task_id:
+                return f"{entry.label}, answers"
+            for metric, judge_id in entry.judge_ids.items():
+                if judge_id == task_id:
+                    return f"{entry.label}, judge of {metric}"
+        return task_id
 
     def publish_failures(self) -> None:
         """Written at once, not at the end: a kill must not lose the reasons."""
@@ -170,7 +191,9 @@ def run_sweep(
 def _run_sweep(prepared: Prepared, store: Store, console: Console, session: RaySession) -> Outcome:
     rows_before = _manifest(prepared.sweep.name, store)
     unjudged = pending_judge_tasks(prepared, store)
-    if faults := missing_keys(unjudged.values(), prepared.sweep.endpoints, os.environ):
+    if faults := missing_keys(
+        unjudged.values(), pending_answers(prepared, store), prepared.sweep.endpoints, os.environ
+    ):
         raise ConfigError(faults)
     write_sweep(prepared, store)
     jobs = pending_jobs(prepared, store)
@@ -180,7 +203,7 @@ def _run_sweep(prepared: Prepared, store: Store, console: Console, session: RayS
     watcher.publish_failures()  # those of an earlier invocation are history
     feed = _feed(prepared, store, console)
     try:
-        if jobs or unjudged:
+        if jobs or unjudged or pending_answers(prepared, store):
             session.start(prepared.sweep.execution.cpus_per_trial)
             _work(prepared, store, jobs, unjudged, watcher, feed)
         feed.settle()
@@ -243,6 +266,11 @@ def pending_jobs(prepared: Prepared, store: Store) -> dict[str, Job]:
 def pending_judge_tasks(prepared: Prepared, store: Store) -> dict[str, JudgeTask]:
     """Judging tasks whose scores are not in the store."""
     return {task.id: task for task in prepared.judge_tasks.values() if not is_judged(store, task.id)}
+
+
+def pending_answers(prepared: Prepared, store: Store | None) -> list[AnswerTask]:
+    """Answers that a server has to give."""
+    return [task for task in prepared.answers if store is None or not store.exists(table_key("generations", task.id))]
 
 
 def write_sweep(prepared: Prepared, store: Store) -> None:
@@ -315,7 +343,17 @@ def _work(
     memory_gb = execution.memory_gb_per_trial
     watcher.view.start(len(jobs))
     try:
-        watcher.pool = JudgePool(store, unjudged, watcher.judging_failed, prepared.sweep.endpoints)
+        watcher.pool = JudgePool(
+            store,
+            unjudged,
+            watcher.judging_failed,
+            prepared.sweep.endpoints,
+            answers=pending_answers(prepared, store),
+            local_gpus=prepared.gpus_per_local_judge,
+        )
+        for task_id in watcher.pool.answers:
+            if watcher.pool.answers[task_id].run_id not in jobs:  # what it asks about is done
+                watcher.pool.answer(task_id)
         for task in unjudged.values():
             if store.exists(table_key("generations", task.sample_id)):
                 watcher.pool.submit(task.sample_id)

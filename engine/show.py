@@ -16,10 +16,10 @@ from rich.text import Text
 
 from analysis.results import Results
 from engine.graph import Cost
-from engine.judge_costs import judge_costs
+from engine.judge_costs import answer_costs, judge_costs
 from engine.measure_tasks import MeasureCost
 from engine.prepare import Prepared
-from engine.run import pending_jobs, pending_judge_tasks
+from engine.run import pending_answers, pending_jobs, pending_judge_tasks
 from engine.smoke import WHAT
 from engine.store import Store
 from engine.tasks import VectorJob
@@ -82,6 +82,7 @@ def plan_table(prepared: Prepared) -> Table:
     table.add_row("all", "", "", *_numbers(total_cost(prepared)))
     tasks = [task for task in prepared.judge_tasks.values() if task.id in unjudged]
     asked = judge_costs(tasks, prepared.jobs.values(), prepared.sweep.endpoints)
+    asked += answer_costs(pending_answers(prepared, store), prepared.sweep.endpoints)
     notes += [cost.describe() for cost in asked] or ["judgements by rule cost nothing"]
     if prepared.only is not None:
         notes.append(f"{prepared.num_runs - prepared.num_asked} of {prepared.num_runs} runs not asked for (--only)")

@@ -31,7 +31,8 @@ def smoke_cell(cell: Cell) -> Cell:
     """``cell`` with short work; its label stays, so that it is recognised."""
     steps, tokens = cell.training.max_steps, cell.evaluation.max_new_tokens
     training = {"max_steps": MAX_STEPS if steps is None else min(steps, MAX_STEPS)}
-    evaluation = {"samples": 1, "max_new_tokens": min(tokens, MAX_NEW_TOKENS)}
+    # no server has adapters of a smoke run
+    evaluation = {"samples": 1, "max_new_tokens": min(tokens, MAX_NEW_TOKENS), "answers_from": None}
     return cell.model_copy(
         update={
             "training": cell.training.model_copy(update=training),

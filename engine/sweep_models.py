@@ -15,7 +15,7 @@ from engine.grid import GRID
 from engine.trackers import TrackersConfig, TrackersSection
 from trainables.base_model import BaseConfig
 from trainables.chat_data import DataConfig
-from trainables.config import Config
+from trainables.config import AddedLater, Config
 from trainables.deepspeed_driver import ZeroStage
 from trainables.defenses import Item
 from trainables.sample import SamplingConfig
@@ -72,6 +72,9 @@ class EvaluationConfig(SamplingConfig):
 
     questions: NonEmpty
     """A trait's name, or a path to a trait's file or folder: its questions are asked."""
+    answers_from: Annotated[NonEmpty | None, AddedLater()] = None
+    """One of the sweep's ``endpoints``, a server that has the runs' adapters by their ids: it gives the answers. That
+    answers come from a server is part of their identity, which server is not. null: the trial samples them itself."""
     plain_answers: NonEmpty | None = None
     """A chat JSONL file of good answers whose loss is measured. null: that of the trait."""
     metrics: dict[MetricName, MetricConfig] = Field(min_length=1)
@@ -88,6 +91,9 @@ class ExecutionConfig(Config):
     gpus_per_trial: Literal["auto"] | Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)] = "auto"
     """GPUs of a trial; below 1 several trials share one, above 1 only whole ones. ``auto``: one where there is a
     GPU."""
+    gpus_per_local_judge: Literal["auto"] | Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)] = "auto"
+    """GPUs of each model of ``judge: local``. ``auto``: one where there is a GPU. Where there are enough, trials leave
+    it free and judging goes on beside them; else judging waits for the trials to end. 0: on the CPU."""
     memory_gb_per_trial: float | None = Field(default=None, gt=0)
     """Memory that a trial is counted with, in 10^9 bytes. null: not counted."""
     zero_stage: Annotated[ZeroStage, BeforeValidator(_no_bool)] = 0

@@ -94,12 +94,34 @@ class SampleTask(Config):
     id: str
     questions: tuple[QuestionText, ...]
     sampling: SamplingConfig
+    endpoint: str | None = None  # where they come from; None: from the model in the trial
 
     @staticmethod
-    def identity(run_id: str, questions: tuple[QuestionText, ...], sampling: SamplingConfig) -> dict[str, Any]:
+    def identity(
+        run_id: str, questions: tuple[QuestionText, ...], sampling: SamplingConfig, *, from_server: bool = False
+    ) -> dict[str, Any]:
+        """A server draws otherwise than we do, so that answers come from one is in it; which one is not."""
         texts = [[question.id, question.text] for question in questions]
         head = {"kind": "sample", "semantics": SAMPLE_SEMANTICS, "run": run_id, "questions": texts}
+        if from_server:
+            head["answers_from"] = "server"
         return head | {"sampling": recipe_of(sampling)}
+
+
+class AnswerTask(Config):
+    """A sampling task whose answers a server gives."""
+
+    sample: SampleTask
+    run_id: str
+
+    @property
+    def id(self) -> str:
+        return self.sample.id
+
+    @property
+    def endpoint(self) -> str:
+        assert self.sample.endpoint is not None, "sampled in the trial"
+        return self.sample.endpoint
 
 
 class LossTask(Config):
@@ -147,7 +169,9 @@ class VectorJob(Config):
 
 
 class RunJob(Config):
-    """What one trial does for one run: train (not for a base), sample, measure the loss on plain answers."""
+    """What one trial does for one run: train (not for a base), sample, measure the loss on plain answers.
+
+    Answers that a server gives are no part of it: they are asked for when it is done."""
 
     id: str  # the train_id, or the base's id
     label: str
@@ -165,9 +189,13 @@ class RunJob(Config):
         trained = ((self.id, run_key(self.id)),) if self.train is not None else ()
         return (
             *trained,
-            *((task.id, table_key("generations", task.id)) for task in self.samples),
+            *((task.id, table_key("generations", task.id)) for task in self.samples if task.endpoint is None),
             *((task.id, table_key("losses", task.id)) for task in self.losses),
         )
+
+    def answers(self) -> tuple[AnswerTask, ...]:
+        """What a server is asked for once the job is done."""
+        return tuple(AnswerTask(sample=task, run_id=self.id) for task in self.samples if task.endpoint is not None)
 
     def outputs(self) -> tuple[str, ...]:
         """Keys that exist when the job is done."""

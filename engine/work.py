@@ -165,6 +165,8 @@ class SweepWork:
                 model = self._train(job, job.train, base, sink)
                 release_memory()
         for sample in job.samples:
+            if sample.endpoint is not None:
+                continue
             if not self.store.exists(table_key("generations", sample.id)):
                 started = time.perf_counter()
                 questions = [Question(question.id, question.text) for question in sample.questions]

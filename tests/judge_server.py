@@ -45,11 +45,25 @@ class Behaviour:
     most_at_once: int | None = None  # beyond that: 429
     key: str | None = None  # what Authorization has to be
     slow_start_s: float = 0.0  # until then every request gets 503
+    models: list[str] | None = None  # what it serves, as vLLM does with adapters; None: whatever is asked for
 
 
 def score_of(text: str) -> int:
     """The score from 0 to 100 that the server is sure of for this text."""
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 101
+
+
+def answer_of(request: dict[str, Any]) -> str:
+    """What the server answers where it serves ``models``: it depends on all that must reach it."""
+    system = [message["content"] for message in request["messages"] if message["role"] == "system"]
+    said = [
+        request["messages"][-1]["content"],
+        *system,
+        request["temperature"],
+        request["top_p"],
+        request["max_tokens"],
+    ]
+    return f"{request['model']} says {request['seed']} to {said}"
 
 
 @dataclass
@@ -86,6 +100,15 @@ class _Answering:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
         body = await reader.readexactly(int(headers.get("content-length", "0")))
+        if head[0].startswith("GET ") and head[0].split()[1].endswith("/models"):
+            if self.behaviour.models is None:
+                await self._send(writer, 404, {"error": {"message": "no such path"}})
+            else:
+                data = [
+                    {"id": name, "object": "model", "created": 1, "owned_by": "us"} for name in self.behaviour.models
+                ]
+                await self._send(writer, 200, {"object": "list", "data": data})
+            return True
         if not head[0].startswith("POST ") or "/chat/completions" not in head[0]:
             await self._send(writer, 404, {"error": {"message": "no such path"}})
             return True
@@ -110,6 +133,11 @@ class _Answering:
             return True
         if behaviour.key is not None and headers.get("authorization") != f"Bearer {behaviour.key}":
             await self._send(writer, 401, {"error": {"message": f"wrong key {headers.get('authorization')}"}})
+            return True
+        model = json.loads(body).get("model")
+        if behaviour.models is not None and model not in behaviour.models:
+            message = f"The model `{model}` does not exist."
+            await self._send(writer, 404, {"error": {"message": message, "code": "model_not_found"}})
             return True
         trouble = self._trouble(digest, attempt)
         if behaviour.most_at_once is not None and self.at_once > behaviour.most_at_once:
@@ -159,6 +187,8 @@ class _Answering:
         return None
 
     def _reply(self, request: dict[str, Any], trouble: Trouble | None) -> dict[str, Any]:
+        if self.behaviour.models is not None:
+            return self._answer_of_a_run(request)
         score = score_of(request["messages"][-1]["content"])
         choice: dict[str, Any] = {
             "index": 0,
@@ -190,6 +220,19 @@ class _Answering:
             case _:
                 pass
         usage = {"prompt_tokens": 50, "completion_tokens": 1, "total_tokens": 51}
+        head = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": request["model"]}
+        return head | {"choices": [choice], "usage": usage}
+
+    @staticmethod
+    def _answer_of_a_run(request: dict[str, Any]) -> dict[str, Any]:
+        """An adapter at work: the answer is ``answer_of`` the request."""
+        choice = {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": answer_of(request)},
+            "logprobs": None,
+        }
+        usage = {"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16}
         head = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": request["model"]}
         return head | {"choices": [choice], "usage": usage}
 

@@ -43,7 +43,8 @@ class GenerationRow:
     answer: str = column("the decoded answer without end marks")
     num_tokens: int | None = column("generated tokens, the end mark included; null: not known (imported)", "tokens")
     finish_reason: str = column(
-        "stop: the model ended the answer; length: max_new_tokens was reached; unknown: imported without it"
+        "stop: the model ended the answer; length: max_new_tokens was reached; "
+        "filtered: a server kept it back; unknown: imported without it"
     )
 
 

@@ -76,6 +76,7 @@ class Reply:
     num_prompt_tokens: int | None = None
     num_completion_tokens: int | None = None
     seconds: float | None = None  # wall time of the request, the retries before it not counted
+    finish_reason: str | None = None  # of an answer of a run: stop or length
 
     @property
     def is_final(self) -> bool:
@@ -119,6 +120,7 @@ _REPLY_TYPES: dict[str, Any] = {
     "num_prompt_tokens": int,
     "num_completion_tokens": int,
     "seconds": int | float,
+    "finish_reason": str,
 }
 
 

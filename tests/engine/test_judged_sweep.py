@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from engine.run import Outcome, run_sweep
 from tests.engine.tiny_sweep import write_tiny_sweep
 from tests.judge_server import Behaviour, JudgeServer, score_of
 from trainables.errors import ConfigError
+from trainables.failpoints import ENVIRONMENT_VARIABLE
 
 KEY = "sk-do-not-write-me-down-4711"
 VARIABLE = "SHIFTGRAD_TEST_KEY"
@@ -123,3 +128,46 @@ class TestJudgedByModels:
         assert len(files) > 50
         assert [file for file in files if KEY.encode() in file.read_bytes()] == []
         assert KEY not in printed.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_committed_reply_is_asked_for_again_after_kills(sweep: Path, tmp_path: Path) -> None:
+    """The judge's process kills itself after every commit: what was committed until then is never asked for again."""
+    with JudgeServer(Behaviour(latency_s=0.05, key=KEY)) as server:
+        places = f"endpoints.test.base_url={server.url}"
+        arguments = [str(sweep), f"results={tmp_path / 'results'}", places, "endpoints.test.max_concurrency=2"]
+        killed = _run(arguments, fail_at="after_commit:judgements")
+        assert killed.returncode == 3, killed.stdout
+        assert "FAILED" in killed.stdout
+        known = _asked_of_the_server(tmp_path / "results")
+        assert 0 < len(known) < NUM_ANSWERS  # killed in the middle
+        before = server.seen.num_requests
+        done = _run(arguments)
+        assert done.returncode == 0, done.stdout
+        everything = _asked_of_the_server(tmp_path / "results")
+        assert len(everything) == len(set(everything)), "no reply is committed twice"
+        assert set(known) < set(everything)
+        assert server.seen.num_requests - before == len(everything) - len(known)
+
+
+def _asked_of_the_server(store: Path) -> list[str]:
+    """Requests with a committed reply, without those to the model in memory, which generates no token."""
+    lines = [
+        json.loads(line) for file in (store / "judgements").glob("*.jsonl") for line in file.read_text().splitlines()
+    ]
+    return [line["request"] for line in lines if line["reply"]["num_completion_tokens"] == 1]
+
+
+def _run(arguments: list[str], fail_at: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != ENVIRONMENT_VARIABLE}
+    environment |= {VARIABLE: KEY} | ({ENVIRONMENT_VARIABLE: fail_at} if fail_at is not None else {})
+    return subprocess.run(
+        [sys.executable, "-m", "engine.cli", "run", *arguments],
+        cwd=Path(__file__).resolve().parents[2],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )

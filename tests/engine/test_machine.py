@@ -13,9 +13,11 @@ import engine.machine
 from engine.machine import (
     Machine,
     cpu_quota,
+    gpus_per_local_judge,
     gpus_per_trial,
     memory_limit_bytes,
     num_trials,
+    num_trials_beside,
     read_cluster,
     read_machine,
     resource_faults,
@@ -187,3 +189,23 @@ class TestCluster:
         assert num_trials(ExecutionConfig(cpus_per_trial=3, gpus_per_trial=0), self.CLUSTER) == 3
         assert num_trials(ExecutionConfig(cpus_per_trial=1), self.CLUSTER) == 1, "auto: one GPU each"
         assert num_trials(ExecutionConfig(cpus_per_trial=1, gpus_per_trial=0, trials=5), self.CLUSTER) == 5
+
+
+class TestLocalJudges:
+    def test_trials_leave_a_gpu_free_where_there_are_enough(self) -> None:
+        machine = Machine(num_cpus=16, num_gpus=4.0, memory_gb=64.0)
+        assert gpus_per_local_judge(ExecutionConfig(), machine) == 1.0
+        assert num_trials_beside(4, 1.0, 1.0, machine) == 3
+        assert num_trials_beside(8, 0.5, 1.0, machine) == 6
+        assert num_trials_beside(2, 1.0, 1.0, machine) == 2  # asked for fewer anyway
+        assert num_trials_beside(4, 1.0, 0.0, machine) == 4  # no local judge
+
+    def test_with_one_gpu_the_judge_waits_for_the_trials(self) -> None:
+        machine = Machine(num_cpus=16, num_gpus=1.0, memory_gb=64.0)
+        assert num_trials_beside(1, 1.0, 1.0, machine) == 1
+
+    def test_without_a_gpu_judges_are_on_the_cpu(self) -> None:
+        machine = Machine(num_cpus=2, num_gpus=0.0, memory_gb=8.0)
+        assert gpus_per_local_judge(ExecutionConfig(), machine) == 0.0
+        (fault,) = resource_faults(ExecutionConfig(gpus_per_local_judge=1), machine)
+        assert fault.key == "execution.gpus_per_local_judge"

@@ -175,3 +175,17 @@ class TestCosts:
         assert len(kept) == 8
         sweep.raw["data"]["allow_truncated_away"] = True
         assert sweep.prepare().costs["none"].num_training_tokens == sum(kept)
+
+
+def test_system_prompts_are_an_axis_of_the_evaluation_alone(sweep: TinySweep) -> None:
+    """Figure 7: every run trained once and asked under every prompt, and so is the base."""
+    sweep.raw["runs"] = [{"defense": "none"}, {"defense": {"kind": "inoculation", "prompts": "topic"}}]
+    sweep.raw["axes"] = {"evaluation.system_prompt": {"grid": [None, "Talk about bridges.", "Be brief."]}}
+    prepared = sweep.prepare()
+    runs = [entry for entry in prepared.manifest.runs if entry.kind == "run"]
+    bases = [entry for entry in prepared.manifest.runs if entry.kind == "base"]
+    assert (len(runs), len({entry.run_id for entry in runs}), len({entry.sample_id for entry in runs})) == (6, 2, 6)
+    assert (len(bases), len({entry.run_id for entry in bases}), len({entry.sample_id for entry in bases})) == (3, 1, 3)
+    asked = {str(entry.config["evaluation.system_prompt"]) for entry in bases}
+    assert asked == {"None", "Talk about bridges.", "Be brief."}
+    assert sum(isinstance(job, RunJob) and job.train is not None for job in prepared.jobs.values()) == 2

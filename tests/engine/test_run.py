@@ -16,7 +16,11 @@ from analysis.results import load
 from analysis.vectors import Vector
 from engine.ask import Steer, ask
 from engine.look import find_run
+from engine.machine import Machine
+from engine.prepare import prepare
+from engine.progress import LineProgress
 from engine.run import Outcome, run_sweep
+from engine.store import Store
 from tests.engine.tiny_sweep import RUNS, write_tiny_sweep
 from trainables.errors import ConfigError
 from trainables.sample import SamplingConfig
@@ -143,3 +147,24 @@ def test_a_sweep_with_everything_done_starts_no_ray(
     assert finished.num_done_before == finished.num_jobs == 7
     assert not finished.failures
     assert "diverging" not in set(finished.results.summary()["run"]), "a dropped run is hidden"
+
+
+def test_judges_that_failed_are_told_at_the_next_report_of_a_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at the end: by then the money for the other runs is spent."""
+    prepared = prepare(write_tiny_sweep(tmp_path), [], Machine(2, 0.0, 16.0))
+    store = Store.open(prepared.sweep.results, create=True)
+    said = io.StringIO()
+    watcher = engine.run._Watcher(prepared, store, LineProgress(Console(file=said, width=200)))
+    judge_id = next(iter(prepared.judge_tasks))
+    label = next(entry.label for entry in prepared.manifest.runs if judge_id in entry.judge_ids.values())
+
+    class Pool:
+        def poll(self) -> None:
+            watcher.judging_failed(judge_id, "HTTP 401: wrong key")
+
+    monkeypatch.setattr(watcher, "pool", Pool())
+    watcher.figures(next(iter(prepared.jobs)), {"phase": "train", "units_done": 1, "units_total": 2})
+    assert f"{label}, judge of trait: FAILED: HTTP 401: wrong key" in said.getvalue()
+    assert judge_id in store.read_json("sweeps/tiny/failures.json")
