@@ -16,8 +16,6 @@ from analysis.figure_style import Drawn, Width
 from analysis.panels import bars, curves, identity_scatter, matrix, named_points, summarised
 from analysis.rows import NO_CONDITION
 
-_COSINE = "cosine of the gradient with {}"
-
 
 def cosine_scatter(
     gradients: pd.DataFrame, *, vector: str, layers: Sequence[int], width: Width, reference: str = NO_CONDITION
@@ -30,8 +28,8 @@ def cosine_scatter(
     pairs = _pairs(chosen, ["row", "layer"], "cosine", reference).sort_values("layer", kind="stable")
     points = pairs.rename(columns={"with": "x", "without": "y", "condition": "series"})
     points["panel"] = [f"layer {layer}" for layer in points["layer"]]
-    label = _COSINE.format(vector)
-    return identity_scatter(points, x_label=f"{label}, with", y_label=f"{label}, without", width=width)
+    label = f"gradient cosine with {vector}"
+    return identity_scatter(points, x_label=f"{label}, defended", y_label=f"{label}, undefended", width=width)
 
 
 def loss_scatter(losses: pd.DataFrame, *, width: Width, reference: str = NO_CONDITION) -> Drawn | None:

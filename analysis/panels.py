@@ -176,7 +176,7 @@ def bars(points: pd.DataFrame, *, x_label: str, y_label: str, width: Width, zero
             axes.set_xticks(range(len(places)), places)
             axes.grid(False, axis="x")
         _labels(figure, x_label, y_label)
-        figure.legend(loc="outside lower center", ncols=_LEGEND_COLUMNS[width])
+        figure.legend(loc="outside upper center", ncols=_LEGEND_COLUMNS[width])
         return drawn(figure)
 
 
@@ -202,16 +202,17 @@ def _grid(
 
 
 def _looks(found: pd.DataFrame) -> dict[str, tuple[dict[str, Any], Any]]:
-    """Marker and line by series, in order of appearance; with more series than markers they come round again."""
+    """Marker and line by series, in order of appearance; when the markers are used up they come again, hollow."""
     looks: dict[str, tuple[dict[str, Any], Any]] = {}
     for number, series in enumerate(dict.fromkeys(found["series"])):
         color = COLORS[number % len(COLORS)]
+        filled = {"markerfacecolor": color, "markeredgecolor": "white", "markeredgewidth": 0.4}
+        hollow = {"markerfacecolor": "white", "markeredgecolor": color, "markeredgewidth": 1.0}
         marker = {
             "marker": _ALL_MARKERS[number % len(_ALL_MARKERS)],
             "color": color,
-            "markeredgecolor": "white",
-            "markeredgewidth": 0.4,
-            "markersize": 4.5,
+            "markersize": 5,
+            **(filled if number < len(_ALL_MARKERS) else hollow),
         }
         looks[str(series)] = (marker, LINES[number % len(LINES)])
     return looks
@@ -224,7 +225,7 @@ def _legend(figure: Figure, looks: dict[str, tuple[dict[str, Any], Any]], width:
         for series, (marker, dashes) in looks.items()
     ]
     if len(looks) > 1 or next(iter(looks)):
-        figure.legend(handles=handles, loc="outside lower center", ncols=_LEGEND_COLUMNS[width], handlelength=3.5)
+        figure.legend(handles=handles, loc="outside upper center", ncols=_LEGEND_COLUMNS[width], handlelength=3.5)
 
 
 def _labels(figure: Figure, x_label: str, y_label: str) -> None:
