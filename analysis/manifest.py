@@ -98,14 +98,27 @@ class MeasureEntry(Config):
         return (*(self.shard_ids if table in self.tables else ()), *merged)
 
 
+class AskedEntry(Config):
+    """Judged answers of the base that a vector is made of. The first ``num_counted`` metrics have a say in it."""
+
+    vector: str  # as in ``Manifest.vectors``
+    about: str  # which of the vector's answers: positive 1, negative 1, ...
+    sample_id: TaskId
+    judge_ids: dict[str, TaskId]
+    num_counted: int
+    scales: dict[str, tuple[float, float]]
+    rule: dict[str, Scalar]  # how answers are chosen
+
+
 class Manifest(Config):
-    """A sweep: its rows in order, its vectors (name -> task id) and its measurements."""
+    """A sweep: its rows in order, its vectors (name -> task id), what these are made of, and its measurements."""
 
     format: int = FORMAT
     name: str = Field(min_length=1)
     runs: tuple[RunEntry, ...]
     vectors: dict[str, TaskId]
     measurements: tuple[MeasureEntry, ...] = ()
+    asked: tuple[AskedEntry, ...] = ()
 
     @model_validator(mode="after")
     def _labels_are_unique(self) -> Manifest:

@@ -21,6 +21,7 @@ from trainables.config import Config
 from trainables.errors import ConfigError, Fault
 
 FILE_NAME = "trait.yaml"
+_QUESTION_LISTS = ("questions", "extraction_questions")
 
 
 def _checked_pattern(pattern: str) -> str:
@@ -94,6 +95,9 @@ class Trait(Config):
     ``{answer}``; two braces stand for one. Needed by ``judge: openai`` and ``judge: local``."""
     questions: tuple[Question, ...] = Field(min_length=1)
     """What is asked of every run. Held out: keep them out of the training data."""
+    extraction_questions: tuple[Question, ...] = Field(default=(), min_length=1)
+    """What is asked, with ``instructions``, to make the trait's vector (``vectors: {...: {extract: ...}}``). Asked of
+    no run: keep them apart from ``questions``."""
     inoculation_prompts: tuple[Text, ...] = Field(default=(), min_length=1)
     """Requests for the trait, for ``kind: inoculation``."""
     instructions: tuple[InstructionPair, ...] = Field(default=(), min_length=1)
@@ -107,7 +111,7 @@ class Trait(Config):
 
     _folder: Path = PrivateAttr(default_factory=Path)
 
-    @field_validator("questions")
+    @field_validator("questions", "extraction_questions")
     @classmethod
     def _no_duplicates(cls, questions: tuple[Question, ...]) -> tuple[Question, ...]:
         faults = list(_duplicates([question.model_dump() for question in questions]))
@@ -136,9 +140,10 @@ def read_trait(path: Path | str) -> Trait:
     except ValidationError as error:
         faults += [_fault(file, details) for details in error.errors() if not _is_said_elsewhere(details)]
     # Looked for in the raw values, so that they are reported beside faults of other fields.
-    questions = raw.get("questions")
-    if isinstance(questions, list):
-        faults += [Fault(f"{file}: questions", text) for text in _duplicates(questions)]
+    for key in _QUESTION_LISTS:
+        questions = raw.get(key)
+        if isinstance(questions, list):
+            faults += [Fault(f"{file}: {key}", text) for text in _duplicates(questions)]
     faults += [
         Fault(f"{file}: {key}", f"no such file: {name!r} (looked for {file.parent / name})")
         for key, name in _named_files(raw)
@@ -188,7 +193,7 @@ def _is_said_elsewhere(details: ErrorDetails) -> bool:
     """Duplicates, and a list that is too short only because pydantic does not count its faulty items."""
     if details["type"] == "too_short":
         return len(details["input"]) > 0
-    return details["type"] == "value_error" and details["loc"] == ("questions",)
+    return details["type"] == "value_error" and details["loc"][0] in _QUESTION_LISTS
 
 
 def _fault(file: Path, details: ErrorDetails) -> Fault:
@@ -213,6 +218,7 @@ def _allowed_keys(loc: Sequence[int | str]) -> list[str]:
     nested: dict[str, type[Config]] = {
         "rule": Rule,
         "questions": Question,
+        "extraction_questions": Question,
         "instructions": InstructionPair,
         "adjectives": Adjectives,
         "training": TraitTraining,

@@ -41,6 +41,8 @@ def find_garbage(store: Store) -> list[Garbage]:
             continue
         manifest = read_manifest(store.path(manifest_key(sweep)))
         named["vectors"] |= set(manifest.vectors.values())
+        for asked in manifest.asked:
+            named["tables"] |= {asked.sample_id, *asked.judge_ids.values()}
         for entry in manifest.runs:
             named["runs"].add(entry.run_id)
             named["tables"] |= {entry.run_id, entry.sample_id, *entry.judge_ids.values()}
@@ -53,7 +55,7 @@ def find_garbage(store: Store) -> list[Garbage]:
         if name.removesuffix(".safetensors") not in named["tables"]:
             found.append(_garbage(store, f"measurements/{name}", "no sweep names it"))
     for name in store.names("vectors"):
-        if name.removesuffix(".safetensors") not in named["vectors"]:
+        if name.removesuffix(".safetensors").removesuffix(".log") not in named["vectors"]:
             found.append(_garbage(store, f"vectors/{name}", "no sweep names it"))
     for run in store.names("runs"):
         if run not in named["runs"]:

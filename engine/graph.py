@@ -70,7 +70,7 @@ class Graph:
 
     def smoke(self, cells: Sequence[SoundCell]) -> Graph:
         """The same cells cut short. Some may be equal then (where they differed in epochs): both rows stay."""
-        short = Graph(self.sweep, self.sources, self.vectors, twins=True)
+        short = Graph(self.sweep, self.sources, self.vectors.smoke(), twins=True)
         for sound in cells:
             found = replace(sound.found, questions=smoke_questions(sound.found.questions))
             short.add(replace(sound, cell=smoke_cell(sound.cell), found=found))
@@ -87,7 +87,10 @@ class Graph:
         """Add a cell's vectors, run, samples, judgements and measurements, and those of its base."""
         cell, base = sound.cell, sound.found.base
         self.proofs.name_base(base, self.sweep.key(sound.index, "base", "model"))
-        ids = {name: self.vectors.add(name, base, self.proofs.must_prove) for name in vector_names(cell.defense)}
+        ids = {
+            name: self.vectors.add(name, base, self.proofs.must_prove, self.proofs.must_render)
+            for name in vector_names(cell.defense)
+        }
         defense = resolved_defense(cell.defense, ids, dict(sound.found.prompts))
         content = sound.found.train_content
         identity = TrainTask.identity(base, cell.data, content, defense, cell.training, cell.seed)

@@ -11,7 +11,7 @@ from analysis.judges.openai import OpenaiMetric
 from engine.answering import requests
 from engine.budget import estimate
 from engine.endpoints import EndpointConfig
-from engine.tasks import AnswerTask, Job, JudgeTask, RunJob, SampleTask
+from engine.tasks import AnswersJob, AnswerTask, Job, JudgeTask, RunJob, SampleTask
 
 RUNS = "the runs"
 """What is asked where answers come from a server."""
@@ -46,7 +46,12 @@ def judge_costs(
 ) -> list[JudgeCost]:
     """What these judging tasks take, by model. What replies on disk save is not taken off; requests that several
     metrics share are counted for each."""
-    samples = {sample.id: sample for job in jobs if isinstance(job, RunJob) for sample in job.samples}
+    samples: dict[str, SampleTask] = {}
+    for job in jobs:
+        if isinstance(job, RunJob):
+            samples |= {sample.id: sample for sample in job.samples}
+        elif isinstance(job, AnswersJob):
+            samples[job.sample.id] = job.sample
     sums: dict[tuple[str, str | None], list[int]] = {}
     for task in tasks:
         asking = task.metric.asking

@@ -181,10 +181,15 @@ class JudgePool:
         if self.pending:
             self._collect(ray.wait(list(self.pending), num_returns=len(self.pending), timeout=0)[0])
 
+    def wait_for_one(self) -> None:
+        """Wait until one more judging task has ended."""
+        if self.pending:
+            self._collect(ray.wait(list(self.pending), num_returns=1)[0])
+
     def wait(self) -> None:
         """Wait for everything submitted; a task that raised is reported with its error on one line."""
         while self.pending:
-            self._collect(ray.wait(list(self.pending), num_returns=1)[0])
+            self.wait_for_one()
 
     def _collect(self, ready: Sequence[Any]) -> None:
         for reference in ready:

@@ -10,11 +10,12 @@ from analysis.judges import Asker, Item, Reply, Request
 from analysis.judges.openai import OpenaiMetric
 from analysis.rows import ScoreRow
 from analysis.tables import table_key
+from analysis.vectors import Answer, Asking, Score
 from engine.endpoints import EndpointConfig
 from engine.reply_log import FOLDER, ReplyLog, known_replies
 from engine.store import Store
-from engine.tasks import AnswerTask, JudgeTask
-from trainables.errors import Fault
+from engine.tasks import AnswerTask, AskedTask, JudgeTask
+from trainables.errors import Fault, StoreError
 
 OPEN_STATUSES = frozenset({"api_error", "budget_exhausted"})
 """Judgements that a later invocation tries again."""
@@ -140,3 +141,29 @@ async def judge_task(store: Store, task: JudgeTask, desk: ReplyDesk | None = Non
 def _why(replies: Mapping[str, Reply]) -> str | None:
     """The error of the first reply that is not final."""
     return next((reply.error for reply in replies.values() if not reply.is_final), None)
+
+
+def judged_answers(store: Store, asked: AskedTask, asking: Asking) -> list[Answer]:
+    """The answers of a sampling task with their scores from 0 to 100. Raises StoreError if a judgement is open."""
+    for metric, judge_id in asked.judge_ids.items():
+        if not is_judged(store, judge_id):
+            raise StoreError(f"{asked.about}: not all answers are judged by {metric!r}; run the sweep again")
+    scores: dict[str, dict[tuple[str, int], Score]] = {}
+    for metric, judge_id in asked.judge_ids.items():
+        low, high = asking.metrics[metric].bounds
+        rows = store.read_table("scores", judge_id).to_pylist()
+        scores[metric] = {
+            (row["question_id"], row["sample_index"]): Score(
+                None if row["value"] is None else 100.0 * (row["value"] - low) / (high - low), row["status"]
+            )
+            for row in rows
+        }
+    return [
+        Answer(
+            question=row["question"],
+            system_prompt=row["system_prompt"],
+            text=row["answer"],
+            scores={metric: known[row["question_id"], row["sample_index"]] for metric, known in scores.items()},
+        )
+        for row in store.read_table("generations", asked.sample.id).to_pylist()
+    ]

@@ -160,7 +160,7 @@ class MeasureTasks:
         self.proofs.must_prove(target.base, content, max_length, f"{key}.data" if config.data else "data.train")
         names = vector_names(config)
         ids = {
-            str(vector): self.vectors.add(str(vector), target.base, self.proofs.must_prove)
+            str(vector): self.vectors.add(str(vector), target.base, self.proofs.must_prove, self.proofs.must_render)
             for vector in dict.fromkeys(names.values())
         }
         resolved = replaced(config, {path: ids[str(vector)] for path, vector in names.items()} | dict(prompts))

@@ -38,6 +38,7 @@ from engine.tasks import (
     Job,
     JudgeTask,
     RunJob,
+    VectorJob,
     measurements_of,
     part_of,
 )
@@ -133,9 +134,11 @@ def prepare(
         raise ConfigError(faults)
     if smoke:
         graph = graph.smoke(cells)
-        measures = _measures(sweep, sources, vectors, graph, smoke=True)
+        measures = _measures(sweep, sources, graph.vectors, graph, smoke=True)
     asked = graph.rows(chosen)
+    vectors = graph.vectors  # of a smoke run not those of the sweep
     jobs: dict[str, Job] = {
+        **vectors.answer_jobs,
         **vectors.jobs,
         **measures.base_jobs,
         **graph.base_jobs,
@@ -145,13 +148,17 @@ def prepare(
     asked_jobs = jobs if only is None else part_of(jobs, asked)
     if measure_only:
         asked_jobs = measurements_of(asked_jobs, table)
-    wanted = [] if measure_only else _judge_ids(asked)
-    judge_tasks = {judge_id: graph.judge_tasks[judge_id] for judge_id in wanted}
+    known = {**vectors.judge_tasks, **graph.judge_tasks}
+    judge_tasks = _judge_tasks(known, asked_jobs, () if measure_only else asked)
     judge_gpus = gpus_per_local_judge(execution, machine)
     return Prepared(
         sweep=replace(sweep, results=stores[-1]),
         manifest=Manifest(
-            name=sweep.name, runs=graph.rows(None), vectors=vectors.ids, measurements=tuple(measures.entries)
+            name=sweep.name,
+            runs=graph.rows(None),
+            vectors=vectors.ids,
+            asked=vectors.asked_entries(),
+            measurements=tuple(measures.entries),
         ),
         jobs=asked_jobs,
         judge_tasks=judge_tasks,
@@ -189,8 +196,13 @@ def _num_local_judges(tasks: Iterable[JudgeTask]) -> int:
     return len({json.dumps(one.base.identity()) for one in asking if isinstance(one, LocalMetric)})
 
 
-def _judge_ids(entries: Sequence[RunEntry]) -> list[str]:
-    return list(dict.fromkeys(judge_id for entry in entries for judge_id in entry.judge_ids.values()))
+def _judge_tasks(
+    known: Mapping[str, JudgeTask], jobs: Mapping[str, Job], entries: Sequence[RunEntry]
+) -> dict[str, JudgeTask]:
+    """The judging tasks that vectors of ``jobs`` and rows of the sweep need."""
+    ids = [judge_id for job in jobs.values() if isinstance(job, VectorJob) for judge_id in job.all_judge_ids]
+    ids += [judge_id for entry in entries for judge_id in entry.judge_ids.values()]
+    return {judge_id: known[judge_id] for judge_id in ids}
 
 
 def _look_up_all(sweep: Sweep, sources: Sources, vectors: VectorTasks, graph: Graph) -> list[SoundCell]:

@@ -30,7 +30,7 @@ from engine.proved import proved_key
 from engine.ray_session import RaySession
 from engine.stopping import Stoppable
 from engine.store import Store
-from engine.tasks import AnswerTask, Job, JudgeTask, MeasureJob, RunJob
+from engine.tasks import AnswersJob, AnswerTask, Job, JudgeTask, MeasureJob, RunJob, VectorJob
 from engine.trackers.feed import Feed
 from engine.versions import versions
 from trainables.errors import ConfigError
@@ -82,12 +82,12 @@ class _Watcher:
 
     def done(self, job_id: str) -> None:
         job = self.prepared.jobs[job_id]
-        if isinstance(job, RunJob) and self.pool is not None:
-            for sample in job.samples:
-                if sample.endpoint is None:
-                    self.pool.submit(sample.id)
-                else:
-                    self.pool.answer(sample.id)
+        samples = job.samples if isinstance(job, RunJob) else (job.sample,) if isinstance(job, AnswersJob) else ()
+        for sample in samples:
+            if self.pool is not None and sample.endpoint is None:
+                self.pool.submit(sample.id)
+            elif self.pool is not None:
+                self.pool.answer(sample.id)
         seconds = time.monotonic() - self.begun.get(job_id, time.monotonic())
         left = ""
         if isinstance(job, MeasureJob):
@@ -118,6 +118,23 @@ class _Watcher:
         self._note(self._open_task(job_id), Failure(kind="skipped", reason=reason))
         self.view.job_ended(job_id, self._label(job_id), f"skipped: {reason}", ok=False)
 
+    def unjudged(self, job_id: str) -> bool | str:
+        job = self.prepared.jobs[job_id]
+        assert isinstance(job, VectorJob)
+        assert self.pool is not None
+        self.pool.poll()
+        open_ids = [judge_id for judge_id in job.judge_ids if not is_judged(self.store, judge_id)]
+        if any(judge_id in self.pool.pending.values() for judge_id in open_ids):
+            return True
+        if not open_ids:
+            return False
+        reasons = (self.failures[judge_id].reason for judge_id in open_ids if judge_id in self.failures)
+        return f"needs judgements that could not be made: {next(reasons, 'nobody has said why')}"
+
+    def wait_for_judgement(self) -> None:
+        assert self.pool is not None
+        self.pool.wait_for_one()
+
     def judging_failed(self, task_id: str, reason: str) -> None:
         self._note(task_id, Failure(kind="failed", reason=reason))
         self.view.say(f"{self._judged_label(task_id)}: FAILED: {reason}", ok=False)
@@ -130,6 +147,10 @@ class _Watcher:
             for metric, judge_id in entry.judge_ids.items():
                 if judge_id == task_id:
                     return f"{entry.label}, judge of {metric}"
+        for asked in self.prepared.manifest.asked:
+            for metric, judge_id in asked.judge_ids.items():
+                if judge_id == task_id:
+                    return f"vector {asked.vector}, {asked.about}, judge of {metric}"
         return task_id
 
     def publish_failures(self) -> None:

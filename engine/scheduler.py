@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from engine.tasks import Job
+from engine.tasks import Job, VectorJob
 from trainables.memory import is_out_of_memory
 from trainables.tune_trainable import Work, tune_trainable
 
@@ -44,6 +44,12 @@ class Watcher(Protocol):
 
     def skipped(self, job_id: str, reason: str) -> None: ...
 
+    def unjudged(self, job_id: str) -> bool | str:
+        """Whether judgements that the job needs are still being made; a text says why they cannot be had."""
+
+    def wait_for_judgement(self) -> None:
+        """Wait until one more judging task has ended; there is one under way."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -64,7 +70,8 @@ class StaysInDriver:
 
 
 class _GraphSearcher(StaysInDriver, Searcher):
-    """Suggests jobs whose parents are done, in order; None while the rest has to wait; FINISHED when none is left."""
+    """Suggests jobs whose parents are done and whose answers are judged, in order; None while the rest has to wait;
+    FINISHED when none is left."""
 
     def __init__(self, jobs: Mapping[str, Job], watcher: Watcher) -> None:
         super().__init__(metric=None, mode=None)
@@ -73,16 +80,32 @@ class _GraphSearcher(StaysInDriver, Searcher):
         self.open = set(jobs)  # not done: a parent that is not open was done before this invocation
         self.lost: dict[str, str] = {}  # failed or skipped -> what to say of it
         self.job_of_trial: dict[str, str] = {}
+        self.num_running = 0
         self.watcher = watcher
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        self._skip_children_of_lost()
-        for job_id, job in self.waiting.items():
-            if not any(parent in self.open for parent in job.parents):
-                del self.waiting[job_id]
-                self.job_of_trial[trial_id] = job_id
-                return {"job": job_id}
-        return None if self.waiting else Searcher.FINISHED
+        while True:
+            self._skip_children_of_lost()
+            is_judging = False
+            for job_id, job in list(self.waiting.items()):
+                if any(parent in self.open for parent in job.parents):
+                    continue
+                unjudged = self.watcher.unjudged(job_id) if isinstance(job, VectorJob) and job.asked else False
+                if isinstance(unjudged, str):
+                    self._skip(job_id, unjudged)
+                elif unjudged:
+                    is_judging = True
+                else:
+                    del self.waiting[job_id]
+                    self.job_of_trial[trial_id] = job_id
+                    self.num_running += 1
+                    return {"job": job_id}
+            if not self.waiting:
+                return Searcher.FINISHED
+            if self.num_running or not (is_judging or self._has_children_of_lost()):
+                return None
+            if is_judging:  # nothing else is left to do: Tune would take it for a lack of resources
+                self.watcher.wait_for_judgement()
 
     def _skip_children_of_lost(self) -> None:
         found = True
@@ -91,14 +114,21 @@ class _GraphSearcher(StaysInDriver, Searcher):
             for job_id, job in list(self.waiting.items()):
                 lost = [parent for parent in job.parents if parent in self.lost]
                 if lost:
-                    del self.waiting[job_id]
-                    self.lost[job_id] = f"{job.label}, which was skipped"
-                    self.watcher.skipped(job_id, f"needs {self.lost[lost[0]]}")
+                    self._skip(job_id, f"needs {self.lost[lost[0]]}")
                     found = True
+
+    def _has_children_of_lost(self) -> bool:
+        return any(parent in self.lost for job in self.waiting.values() for parent in job.parents)
+
+    def _skip(self, job_id: str, reason: str) -> None:
+        job = self.waiting.pop(job_id)
+        self.lost[job_id] = f"{job.label}, which was skipped"
+        self.watcher.skipped(job_id, reason)
 
     def finish(self, trial_id: str, reason: str | None) -> None:
         """A trial ended for good; with a ``reason`` its job failed."""
         job_id = self.job_of_trial[trial_id]
+        self.num_running -= 1
         if reason is None:
             self.open.discard(job_id)
             self.watcher.done(job_id)

@@ -22,7 +22,7 @@ from engine.prepare import Prepared
 from engine.run import pending_answers, pending_jobs, pending_judge_tasks
 from engine.smoke import WHAT
 from engine.store import Store
-from engine.tasks import VectorJob
+from engine.tasks import AnswersJob, JudgeTask, VectorJob
 from trainables.errors import StoreError
 
 _ENOUGH_CHARACTERS = 20  # a longer value can be read in a column of this width
@@ -71,6 +71,9 @@ def plan_table(prepared: Prepared) -> Table:
     for job in prepared.jobs.values():
         if isinstance(job, VectorJob):
             table.add_row(Text(job.label), job.id, _done(job.id not in pending))
+        elif isinstance(job, AnswersJob):
+            done = job.id not in pending and not {task.id for task in _judged_of(job, prepared)} & unjudged
+            table.add_row(Text(job.label), job.id, _done(done), *_numbers(_answers_cost(job, prepared)))
     for entry in prepared.asked:
         done = entry.run_id not in pending and not set(entry.judge_ids.values()) & unjudged
         numbers = _numbers(prepared.costs[entry.label])
@@ -113,17 +116,31 @@ def _planned_measurements(prepared: Prepared, pending: Set[str]) -> tuple[list[l
 
 
 def total_cost(prepared: Prepared) -> Cost:
-    """What the rows asked for take together: those that differ in their evaluation alone share the training."""
+    """What the rows asked for and their vectors take together.
+
+    Rows that differ in their evaluation alone share the training.
+    """
     entries = [(entry, prepared.costs[entry.label]) for entry in prepared.asked]
     trainings = {entry.run_id: cost for entry, cost in entries}.values()
+    asked = [_answers_cost(job, prepared) for job in prepared.jobs.values() if isinstance(job, AnswersJob)]
     samples = {entry.sample_id: cost.num_answers for entry, cost in entries}
     judged = {judge_id: cost.num_answers for entry, cost in entries for judge_id in entry.judge_ids.values()}
     return Cost(
         num_steps=sum(cost.num_steps for cost in trainings),
         num_training_tokens=sum(cost.num_training_tokens for cost in trainings),
-        num_answers=sum(samples.values()),
-        num_judgements=sum(judged.values()),
+        num_answers=sum(samples.values()) + sum(cost.num_answers for cost in asked),
+        num_judgements=sum(judged.values()) + sum(cost.num_judgements for cost in asked),
     )
+
+
+def _judged_of(job: AnswersJob, prepared: Prepared) -> list[JudgeTask]:
+    return [task for task in prepared.judge_tasks.values() if task.sample_id == job.id]
+
+
+def _answers_cost(job: AnswersJob, prepared: Prepared) -> Cost:
+    """What answers that a vector is made of take."""
+    num_answers = len(job.sample.questions) * job.sample.sampling.samples
+    return Cost(0, 0, num_answers, num_answers * len(_judged_of(job, prepared)))
 
 
 def _numbers(cost: Cost) -> list[str]:

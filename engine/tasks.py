@@ -150,6 +150,40 @@ class JudgeTask(Config):
         return {"kind": "judge", "sample": sample_id, "semantics": metric.semantics, "metric": metric.identity()}
 
 
+class AskedTask(Config):
+    """Judged answers of the base that a vector is made of: ``judge_ids`` it waits for, ``compared_ids`` not."""
+
+    about: str
+    sample: SampleTask
+    judge_ids: dict[str, str]  # metric -> judging task
+    compared_ids: dict[str, str]
+
+    def identity(self) -> list[Any]:
+        """What of it can change the vector."""
+        return [self.sample.id, self.judge_ids]
+
+
+class AnswersJob(Config):
+    """What one trial does to get answers that a vector is made of: sample one task from the untrained base."""
+
+    id: str  # of the sampling task
+    label: str
+    base: ResolvedBase
+    run_id: str  # the base's
+    sample: SampleTask
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        return ()
+
+    def tasks(self) -> tuple[tuple[str, str], ...]:
+        """Ids of what the job does, each with the key of what it makes."""
+        return ((self.id, table_key("generations", self.sample.id)),)
+
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(key for _, key in self.tasks())
+
+
 class VectorJob(Config):
     """Makes one vector."""
 
@@ -159,6 +193,17 @@ class VectorJob(Config):
     base: ResolvedBase
     vector: VectorConfig  # a resolved one: it names nothing outside of the store any more
     parents: tuple[str, ...] = ()
+    asked: tuple[AskedTask, ...] = ()
+
+    @property
+    def judge_ids(self) -> tuple[str, ...]:
+        """Judging tasks that must be done before it."""
+        return tuple(judge_id for asked in self.asked for judge_id in asked.judge_ids.values())
+
+    @property
+    def all_judge_ids(self) -> tuple[str, ...]:
+        """These, and those that are for people alone."""
+        return (*self.judge_ids, *(judge_id for asked in self.asked for judge_id in asked.compared_ids.values()))
 
     def tasks(self) -> tuple[tuple[str, str], ...]:
         """Ids of what the job does, each with the key of what it makes."""
@@ -269,7 +314,7 @@ class MergeJob(Config):
         return tuple(key for _, key in self.tasks())
 
 
-Job: TypeAlias = VectorJob | RunJob | MeasureJob | MergeJob
+Job: TypeAlias = AnswersJob | VectorJob | RunJob | MeasureJob | MergeJob
 
 
 def part_of(jobs: Mapping[str, Job], rows: Sequence[RunEntry]) -> dict[str, Job]:

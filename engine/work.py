@@ -18,12 +18,13 @@ import torch
 from analysis.losses import response_losses
 from analysis.manifest import adapter_key, log_key, run_key, vector_key
 from analysis.tables import table_key
-from analysis.vectors import Vector
+from analysis.vectors import Answer, Vector
+from engine.judging import judged_answers
 from engine.location import MARKER
 from engine.measure_work import measure_shard, merge_shards
 from engine.software import Software, check_same, software
 from engine.store import Store
-from engine.tasks import Job, MeasureJob, MergeJob, RunJob, TrainTask, VectorJob
+from engine.tasks import AnswersJob, Job, MeasureJob, MergeJob, RunJob, SampleTask, TrainTask, VectorJob
 from engine.versions import versions
 from trainables.base_model import LoadedBase, ResolvedBase, load_base
 from trainables.checkpoint import NO_CHECKPOINTS, CheckpointSettings
@@ -125,6 +126,8 @@ class SweepWork:
                     self._unless_done(job, lambda: merge_shards(self.store, job))
                 elif isinstance(job, MeasureJob):
                     self._unless_done(job, lambda: self._measure(job, report))
+                elif isinstance(job, AnswersJob):
+                    self._answers(job, report)
                 else:
                     self._run_and_log(job, StoreSink(self.store, job.id, report))
         finally:
@@ -145,6 +148,11 @@ class SweepWork:
         if not job.is_base:
             model = load_adapter(base.fresh(), self.store.path(adapter_key(job.run_id)), job.run_id)
         measure_shard(self.store, job, base, model, self.rows(job.content), report)
+
+    def _answers(self, job: AnswersJob, report: Report) -> None:
+        if not self.store.exists(table_key("generations", job.sample.id)):
+            base = _base(job.base, torch.device(self.device))
+            self._sample(base.model, base, job.sample, job.run_id, StoreSink(self.store, job.run_id, report))
 
     def _run_and_log(self, job: RunJob, sink: StoreSink) -> None:
         try:
@@ -168,18 +176,7 @@ class SweepWork:
             if sample.endpoint is not None:
                 continue
             if not self.store.exists(table_key("generations", sample.id)):
-                started = time.perf_counter()
-                questions = [Question(question.id, question.text) for question in sample.questions]
-                rows: list[GenerationRow] = []
-                total = len(questions) * sample.sampling.samples
-                for batch in sample_answers(
-                    model, base.tokenizer, questions, sample.sampling, sample_id=sample.id, noise_key=job.id
-                ):
-                    rows += batch
-                    sink.progress(phase="sample", done=len(rows), total=total)
-                    release_memory()
-                self.store.publish_table("generations", sample.id, rows)
-                sink.log(f"sampled {len(rows)} answers, {time.perf_counter() - started:.1f} s")
+                self._sample(model, base, sample, job.id, sink)
             sink.report(last=True, sampled=sample.id)
         for loss in job.losses:
             if not self.store.exists(table_key("losses", loss.id)):
@@ -191,6 +188,20 @@ class SweepWork:
                 )
                 self.store.publish_table("losses", loss.id, losses)
                 sink.log(f"plain loss of {len(losses)} answers, {time.perf_counter() - started:.1f} s")
+
+    def _sample(self, model: Any, base: LoadedBase, sample: SampleTask, noise_key: str, sink: StoreSink) -> None:
+        started = time.perf_counter()
+        questions = [Question(question.id, question.text) for question in sample.questions]
+        rows: list[GenerationRow] = []
+        total = len(questions) * sample.sampling.samples
+        for batch in sample_answers(
+            model, base.tokenizer, questions, sample.sampling, sample_id=sample.id, noise_key=noise_key
+        ):
+            rows += batch
+            sink.progress(phase="sample", done=len(rows), total=total)
+            release_memory()
+        self.store.publish_table("generations", sample.id, rows)
+        sink.log(f"sampled {len(rows)} answers, {time.perf_counter() - started:.1f} s")
 
     def _train(self, job: RunJob, task: TrainTask, base: LoadedBase, sink: StoreSink) -> Any:
         started = _utc_now()
@@ -294,8 +305,14 @@ class _Making:
     def vector(self, task_id: str) -> Vector:
         return Vector.read(self.work.store.path(vector_key(task_id)))
 
+    def answers(self, index: int) -> list[Answer]:
+        return judged_answers(self.work.store, self.job.asked[index], self.job.vector.asked()[index])
+
     def vector_of(self, values: torch.Tensor) -> Vector:
         return Vector(values, "pre_norm", self.job.base.model, self.job.base.revision)
 
     def progress(self, done: int, total: int) -> None:
         self.report(phase="vector", units_done=done, units_total=total)
+
+    def log(self, message: str) -> None:
+        self.work.store.append_line(f"vectors/{self.job.id}.log", f"{_utc_now()} {message}")

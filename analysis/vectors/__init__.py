@@ -7,7 +7,7 @@ from typing import Annotated, TypeAlias, get_args
 from pydantic import Discriminator, Tag
 
 from analysis.vectors.activations import mean_activation, mean_response_activation
-from analysis.vectors.base import Making, VectorKind
+from analysis.vectors.base import Asking, Making, VectorKind
 from analysis.vectors.combination import CombinedVector, Term, combine
 from analysis.vectors.difference_of_data import Difference, DifferenceVector, difference
 from analysis.vectors.difference_of_prompts import (
@@ -17,6 +17,8 @@ from analysis.vectors.difference_of_prompts import (
     part_of_rows,
     prompt_difference,
 )
+from analysis.vectors.extraction import ExtractedVector, Extraction
+from analysis.vectors.filtering import Answer, Filter, Pair, Score, filtered
 from analysis.vectors.random_vector import RandomVector, random_like
 from analysis.vectors.vector import FINAL_ROWS, TENSOR, Vector, read_vector_header
 from analysis.vectors.vector_file import FileVector
@@ -27,6 +29,7 @@ _Kinds: TypeAlias = (
     | Annotated[FileVector, Tag("FileVector")]
     | Annotated[PromptDifferenceVector, Tag("PromptDifferenceVector")]
     | Annotated[CombinedVector, Tag("CombinedVector")]
+    | Annotated[ExtractedVector, Tag("ExtractedVector")]
 )
 
 VECTOR_KINDS: dict[str, type[VectorKind]] = {
@@ -56,21 +59,29 @@ __all__ = [
     "FINAL_ROWS",
     "TENSOR",
     "VECTOR_KINDS",
+    "Answer",
+    "Asking",
     "CombinedVector",
     "Difference",
     "DifferenceVector",
+    "ExtractedVector",
+    "Extraction",
     "FileVector",
+    "Filter",
     "Making",
+    "Pair",
     "Part",
     "PromptDifference",
     "PromptDifferenceVector",
     "RandomVector",
+    "Score",
     "Term",
     "Vector",
     "VectorConfig",
     "VectorKind",
     "combine",
     "difference",
+    "filtered",
     "mean_activation",
     "mean_response_activation",
     "part_of_rows",

@@ -9,22 +9,48 @@ on its fields (anywhere inside of it), so that engine/ finds and replaces names 
 | ``AnyFile`` | any other file | the hash of its content, for ``Making.file`` |
 | ``VectorName`` | another vector of the sweep, which is made first | its task id, for ``Making.vector`` |
 | ``PromptBank`` | a trait, or texts | the texts |
+| ``Annotated[str, NamesTrait()]`` | a trait | the name; ``with_traits`` is given the trait |
+| ``MetricConfig`` | a judge | the same, resolved |
+
+A kind that is made of answers of the base says by ``asked`` what is asked and who judges: sampling and judging are
+tasks of their own, and the vector is made when they are done.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 
+from analysis.judges import BaseMetric
+from analysis.manifest import Scalar
+from analysis.traits import Trait
+from analysis.vectors.filtering import Answer
 from analysis.vectors.vector import Vector
 from trainables.base_model import LoadedBase, ResolvedBase
 from trainables.config import Config, Path
 from trainables.defenses import Message
 from trainables.errors import Fault
+from trainables.sample import Question, SamplingConfig
 from trainables.shapes import ModelShape, VectorShape
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Answers of the base that a vector is made of: questions, how they are asked, and who judges the answers.
+
+    Metrics by name. The vector waits for ``metrics`` and rests on them; ``compared`` are for people alone.
+    """
+
+    about: str  # which of the kind's askings it is, in a word or two
+    questions: tuple[Question, ...]
+    sampling: SamplingConfig
+    metrics: Mapping[str, BaseMetric]
+    compared: Mapping[str, BaseMetric] = field(default_factory=dict)
+    rule: Mapping[str, Scalar] = field(default_factory=dict)  # how answers are chosen, for reports
 
 
 class Making(Protocol):
@@ -47,11 +73,17 @@ class Making(Protocol):
     def vector(self, task_id: str) -> Vector:
         """Another vector of the sweep."""
 
+    def answers(self, index: int) -> Sequence[Answer]:
+        """The judged answers to ``asked()[index]``, in the order of questions and samples."""
+
     def vector_of(self, values: torch.Tensor) -> Vector:
         """``values`` [num_layers + 1, hidden], read from ``base`` before the final norm, as a vector of that base."""
 
     def progress(self, done: int, total: int) -> None:
         """Say how far it is."""
+
+    def log(self, message: str) -> None:
+        """Keep a line for people who look at the vector."""
 
 
 class VectorKind(Config):
@@ -79,6 +111,20 @@ class VectorKind(Config):
         del files
         return ()
 
+    def with_traits(self, traits: Mapping[Path, Trait]) -> Self:
+        """This config with the traits that it names, by the field that names them. Raises ConfigError, with dotted
+        fields as keys, where one lacks what is needed."""
+        del traits
+        return self
+
+    def smoke(self) -> Self:
+        """The same with as little sampling as shows that it works; the config must be resolved."""
+        return self
+
+    def asked(self) -> tuple[Asking, ...]:
+        """What the base is asked before the vector can be made. The config must be resolved."""
+        return ()
+
     def shape(
         self,
         base: ResolvedBase,
@@ -94,8 +140,9 @@ class VectorKind(Config):
         return VectorShape(model.num_layers, model.hidden_size, "pre_norm")
 
     def identity(self, base: ResolvedBase, name: str) -> dict[str, Any]:
-        """Everything that can change the vector but the kind and its semantics, as JSON data. The config must be
-        resolved. ``name``: what the sweep calls it, which is no part of it as a rule."""
+        """Everything that can change the vector, as JSON data, but its kind, its semantics and what is asked, which are
+        added to it. The config must be resolved. ``name``: what the sweep calls it, which is no part of it as a
+        rule."""
         raise NotImplementedError
 
     def make(self, making: Making) -> Vector:

@@ -40,7 +40,7 @@ def write_outputs(
         elif job.label == failed:
             reason = "TrainingError: run x, step 2: the loss is [nan]"
             failures[job.id] = {"kind": "failed", "reason": reason, "log_tail": ["step 1", "step [2]"]}
-        else:
+        elif isinstance(job, RunJob):
             _write_run(store, job)
     for task in judge_tasks:
         if store.exists(f"tables/generations/{task.sample_id}.parquet"):

@@ -17,8 +17,9 @@ from ray.tune.search import Searcher
 
 from analysis.vectors import FileVector
 from engine.scheduler import LESS_MEMORY, _GraphSearcher, why_failed
-from engine.tasks import VectorJob
+from engine.tasks import AskedTask, SampleTask, VectorJob
 from trainables.base_model import ResolvedBase
+from trainables.sample import SamplingConfig
 
 BASE = ResolvedBase(model="org/model", revision="abc", dtype="float32", source="org/model")
 
@@ -26,6 +27,8 @@ BASE = ResolvedBase(model="org/model", revision="abc", dtype="float32", source="
 class _Notes:
     def __init__(self) -> None:
         self.said: list[tuple[str, ...]] = []
+        self.judging: dict[str, bool | str] = {}  # what is said of a job that needs judgements
+        self.after_waiting: dict[str, bool | str] = {}
 
     def started(self, job_id: str) -> None:
         self.said.append(("started", job_id))
@@ -41,6 +44,13 @@ class _Notes:
 
     def skipped(self, job_id: str, reason: str) -> None:
         self.said.append(("skipped", job_id, reason))
+
+    def unjudged(self, job_id: str) -> bool | str:
+        return self.judging.get(job_id, False)
+
+    def wait_for_judgement(self) -> None:
+        self.said.append(("waited",))
+        self.judging = dict(self.after_waiting)
 
 
 def job(name: str, *parents: str) -> VectorJob:
@@ -80,6 +90,45 @@ def test_children_and_grandchildren_of_a_failed_job_are_skipped_with_the_reason(
     assert ("failed", "a", "no luck") in notes.said
     assert ("skipped", "b", "needs job a, which failed") in notes.said
     assert ("skipped", "c", "needs job b, which was skipped") in notes.said
+
+
+def judged_job(name: str, *parents: str) -> VectorJob:
+    """A vector that is made of answers, so it waits for judgements too."""
+    sample = SampleTask(id="abc", questions=(), sampling=SamplingConfig())
+    asked = AskedTask(about="positive 1", sample=sample, judge_ids={"trait": "def"}, compared_ids={})
+    return job(name, *parents).model_copy(update={"asked": (asked,)})
+
+
+def test_a_vector_of_answers_waits_for_their_judgements() -> None:
+    graph, notes = searcher(job("answers"), judged_job("vector", "answers"), job("run", "vector"), job("other"))
+    notes.judging = {"vector": True}
+    assert graph.suggest("t1") == {"job": "answers"}
+    graph.finish("t1", None)
+    assert graph.suggest("t2") == {"job": "other"}
+    assert graph.suggest("t3") is None, "while others run Tune goes on"
+    assert ("waited",) not in notes.said
+    notes.judging = {}
+    assert graph.suggest("t3") == {"job": "vector"}
+    graph.finish("t3", None)
+    assert graph.suggest("t4") == {"job": "run"}
+
+
+def test_with_nothing_else_to_do_it_waits_for_a_judgement() -> None:
+    graph, notes = searcher(judged_job("vector"))
+    notes.judging = {"vector": True}
+    assert graph.suggest("t1") == {"job": "vector"}
+    assert notes.said == [("waited",)]
+
+
+def test_judgements_that_cannot_be_had_skip_the_vector_and_what_needs_it() -> None:
+    graph, notes = searcher(judged_job("vector"), job("run", "vector"))
+    notes.judging, notes.after_waiting = {"vector": True}, {"vector": "the judge is gone"}
+    assert graph.suggest("t1") == Searcher.FINISHED
+    assert notes.said == [
+        ("waited",),
+        ("skipped", "vector", "the judge is gone"),
+        ("skipped", "run", "needs job vector, which was skipped"),
+    ]
 
 
 def test_a_searcher_pickles_without_what_it_holds() -> None:
