@@ -19,6 +19,7 @@ from analysis.figure_style import Drawn, Width
 from analysis.figures import loss_limit, outcomes, steps_per_point, training_curves
 from analysis.manifest import sweep_key
 from analysis.report_content import (
+    agreement_texts,
     clean,
     kinds_of,
     kinds_of_groups,
@@ -89,6 +90,8 @@ def write_report(results: Results, folder: Path) -> Path:
             measured_figures={block.name: _embedded(drawn, block.name) for block in blocks if block.drawn},
             steps_per_point=steps_per_point(training),
             loss_limit=loss_limit(training),
+            agreement=agreement_texts(results.agreement()),
+            extractions=results.extractions().to_dict("records"),
             samples=samples(entries, generations, scores, statuses),
             all_open=len(entries) <= _MAX_OPEN_RUNS,
             failures=_failures(results),

@@ -199,6 +199,21 @@ def samples(
     return made
 
 
+def agreement_texts(agreement: pd.DataFrame) -> list[dict[str, str]]:
+    """The table of agreement for reading, in its order."""
+
+    def text(row: Mapping[str, Any]) -> dict[str, str]:
+        interval = "" if pd.isna(row["auc_low"]) else f"{row['auc_low']:.2f} to {row['auc_high']:.2f}"
+        figures = {name: number(row[name], 2) for name in ("agreement", "kappa", "auc", "correlation")}
+        shares = {name: number(row[name], 2) for name in ("share_one", "share_other")}
+        missing = int(row["num_answers"]) - int(row["num_both"])
+        counts = {"num_both": f"{int(row['num_both'])}", "missing": f"{missing} without a score" if missing else ""}
+        names = {name: str(row[name]) for name in ("answers", "metric", "other")}
+        return {**names, **figures, **shares, **counts, "interval": interval}
+
+    return [text(row) for row in agreement.to_dict("records")]  # type: ignore[arg-type]
+
+
 def number(value: Any, digits: int = 3) -> str:
     """A number for a table; a dash where there is none."""
     return NO_VALUE if value is None or pd.isna(value) else f"{value:.{digits}f}"

@@ -17,6 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pandas as pd
 import pyarrow as pa
 
+from analysis.agreement import agreement_rows
+from analysis.agreement import frame_of as agreement_frame
+from analysis.extractions import asked_answers, extraction_rows
+from analysis.extractions import frame_of as extraction_frame
 from analysis.groups import has_several_seeds, over_seeds, summarize_groups
 from analysis.manifest import (
     Failure,
@@ -226,6 +230,29 @@ class Results:
         """Whether some runs differ in their seed alone."""
         return has_several_seeds(self.manifest.runs)
 
+    def agreement(self) -> pd.DataFrame:
+        """One row per pair of metrics that scored the same answers: how far they agree (``analysis.agreement``).
+
+        First over the answers of all runs and bases, then over those that each vector is made of.
+        """
+        scales: dict[str, tuple[float, float]] = {}
+        for entry in self.manifest.runs:
+            scales |= entry.scales
+        rows = list(agreement_rows(self._scores(), scales, "runs"))
+        asked = self.asked_answers()
+        for vector in dict.fromkeys(entry.vector for entry in self.manifest.asked):
+            scales = next(entry.scales for entry in self.manifest.asked if entry.vector == vector)
+            rows += agreement_rows(asked[asked["vector"] == vector], dict(scales), f"vector {vector}")
+        return agreement_frame(rows)
+
+    def asked_answers(self) -> pd.DataFrame:
+        """One row per judgement of an answer that a vector is made of; ``run`` says which, such as ``positive 1``."""
+        return asked_answers(self.root, self.manifest)
+
+    def extractions(self) -> pd.DataFrame:
+        """One row per vector and judge of its answers: how many rows the filter keeps by it."""
+        return extraction_frame(extraction_rows(self.root, self.manifest))
+
     def failures(self) -> pd.DataFrame:
         """One row per task that failed or was skipped in the last invocation and whose output is still missing.
 
@@ -249,6 +276,14 @@ class Results:
                 if task_id in failures and not all(self._exists(key) for key in keys):
                     what = f"measure {measure.name}"
                     rows.append(_failure_row(task_id, failures, measure.run, measure.run_id, what))
+        for asked in self.manifest.asked:
+            what = f"vector {asked.vector}, {asked.about}"
+            tasks = {asked.sample_id: f"answers for {what}"}
+            tasks |= {judge_id: f"judge {metric} of {what}" for metric, judge_id in asked.judge_ids.items()}
+            for task_id, name in tasks.items():
+                if task_id in failures and task_id not in known:
+                    rows.append(_failure_row(task_id, failures, None, None, name))
+                known.add(task_id)
         rows += [_failure_row(task_id, failures, None, None, None) for task_id in failures if task_id not in known]
         columns = ["run", "run_id", "task", "task_id", "kind", "reason", "log_tail"]
         return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype="str") for name in columns})
@@ -383,6 +418,8 @@ READERS: dict[str, Callable[[Results], pd.DataFrame]] = {
     "scores": Results.scores,
     "losses": Results.losses,
     "measurements": Results.measurements,
+    "agreement": Results.agreement,
+    "extractions": Results.extractions,
     "failures": Results.failures,
 }
 READERS |= {

@@ -70,3 +70,35 @@ class RunRow:
     train_loss_last_epoch: float | None = column("training loss over the last epoch", "nats/token")
     started_utc: str | None = column("when the training started", "UTC")
     finished_utc: str | None = column("when the training ended", "UTC")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgreementRow:
+    """Two metrics that scored the same answers: the derived table ``agreement``. Scores are stretched to 0 to 100;
+    above 50 counts as shown."""
+
+    answers: str = column("whose answers: runs, or the vector that they are made for")
+    metric: str = column("the metric that the other is compared with; rates such as rules come first")
+    other: str = column("the other metric")
+    num_answers: int = column("answers that both were asked about")
+    num_both: int = column("of these, those that both gave a value")
+    share_one: float | None = column("share of answers that metric calls shown")
+    share_other: float | None = column("share of answers that other calls shown")
+    agreement: float | None = column("share of answers that both call the same")
+    kappa: float | None = column("Cohen's kappa: agreement beyond chance, 1 at most")
+    auc: float | None = column("share of pairs of a shown and another answer that other ranks rightly; 0.5 is chance")
+    auc_low: float | None = column("lower end of its 95 % interval, bootstrap over questions")
+    auc_high: float | None = column("upper end of its 95 % interval")
+    correlation: float | None = column("Spearman's rank correlation of the scores")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionRow:
+    """A judge of the answers that a vector is made of: the derived table ``extractions``."""
+
+    vector: str = column("name of the vector in the sweep")
+    metric: str = column("which judge: trait is the one that chooses the rows, the others are compared")
+    has_a_say: bool = column("whether the vector's rows are chosen by it")
+    num_rows: int = column("rows: pairs of answers under opposite instructions; 0: not all judged yet")
+    num_kept: int = column("rows that the vector's filter keeps by this judge's scores")
+    num_kept_by_both: int = column("of these, those that it keeps by the scores of the judge that has a say too")

@@ -27,7 +27,7 @@ from analysis.measured_rows import (
     ProjectionRow,
     SimilarityRow,
 )
-from analysis.rows import LossRow, RunRow, ScoreRow
+from analysis.rows import AgreementRow, ExtractionRow, LossRow, RunRow, ScoreRow
 from trainables.errors import StoreError
 from trainables.rows import GenerationRow, TrainingRow
 
@@ -46,7 +46,7 @@ TABLES: dict[str, type] = {
 }
 """The tables that are stored, with the class of their rows."""
 
-_DERIVED: dict[str, type] = {"runs": RunRow}
+_DERIVED: dict[str, type] = {"runs": RunRow, "agreement": AgreementRow, "extractions": ExtractionRow}
 _ARROW_TYPES: dict[type, Any] = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}
 
 

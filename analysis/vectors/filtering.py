@@ -62,6 +62,10 @@ class Filter:
     keep_above: float
     min_coherence: float | None
 
+    def reason_of(self, positive: Answer, negative: Answer) -> str | None:
+        """``reason`` of the row of these two."""
+        return self.reason(Pair(positive, negative))
+
     def reason(self, pair: Pair) -> str | None:
         """Why the row is removed, in a few words; None: it is kept."""
         for side, answer in (("positive", pair.positive), ("negative", pair.negative)):

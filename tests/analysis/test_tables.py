@@ -115,7 +115,7 @@ def test_types_nulls_units_and_meanings_come_from_the_row_class() -> None:
 
 def test_every_column_of_every_table_is_described() -> None:
     columns = describe()
-    assert {column.table for column in columns} == {*TABLES, "runs"}
+    assert {column.table for column in columns} == {*TABLES, "runs", "agreement", "extractions"}
     assert all(column.meaning for column in columns)
     (column,) = [column for column in columns if (column.table, column.name) == ("losses", "loss_mean")]
     assert (column.type, column.unit, column.nullable) == (float, "nats/token", False)
