@@ -55,8 +55,9 @@ def extraction_rows(root: Path, manifest: Manifest) -> list[ExtractionRow]:
     for vector in dict.fromkeys(entry.vector for entry in manifest.asked):
         entries = [entry for entry in manifest.asked if entry.vector == vector]
         rule = Filter(**entries[0].rule)  # type: ignore[arg-type]
-        own = next(iter(entries[0].judge_ids))
-        kept = {metric: _kept(root, entries, metric, rule) for metric in entries[0].judge_ids if metric != _COHERENCE}
+        own = entries[0].counted[0]
+        metrics = sorted(entries[0].judge_ids.keys() - {_COHERENCE}, key=lambda metric: (metric != own, metric))
+        kept = {metric: _kept(root, entries, metric, rule) for metric in metrics}
         for metric, (num_rows, indices) in kept.items():
             rows.append(
                 ExtractionRow(

@@ -99,13 +99,14 @@ class MeasureEntry(Config):
 
 
 class AskedEntry(Config):
-    """Judged answers of the base that a vector is made of. The first ``num_counted`` metrics have a say in it."""
+    """Judged answers of the base that a vector is made of. ``counted``: the metrics that have a say in
+    it, the judge of the trait first."""
 
     vector: str  # as in ``Manifest.vectors``
     about: str  # which of the vector's answers: positive 1, negative 1, ...
     sample_id: TaskId
     judge_ids: dict[str, TaskId]
-    num_counted: int
+    counted: tuple[str, ...]
     scales: dict[str, tuple[float, float]]
     rule: dict[str, Scalar]  # how answers are chosen
 

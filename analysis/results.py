@@ -241,8 +241,10 @@ class Results:
         rows = list(agreement_rows(self._scores(), scales, "runs"))
         asked = self.asked_answers()
         for vector in dict.fromkeys(entry.vector for entry in self.manifest.asked):
-            scales = next(entry.scales for entry in self.manifest.asked if entry.vector == vector)
-            rows += agreement_rows(asked[asked["vector"] == vector], dict(scales), f"vector {vector}")
+            entry = next(entry for entry in self.manifest.asked if entry.vector == vector)
+            names = [*entry.counted, *sorted(entry.judge_ids.keys() - set(entry.counted))]
+            scales = {metric: entry.scales[metric] for metric in names}
+            rows += agreement_rows(asked[asked["vector"] == vector], scales, f"vector {vector}")
         return agreement_frame(rows)
 
     def asked_answers(self) -> pd.DataFrame:

@@ -184,7 +184,7 @@ class VectorTasks:
                         about=asked.about,
                         sample_id=asked.sample.id,
                         judge_ids={**asked.judge_ids, **asked.compared_ids},
-                        num_counted=len(asked.judge_ids),
+                        counted=tuple(asked.judge_ids),
                         scales={metric: one.bounds for metric, one in metrics.items()},
                         rule=dict(asking.rule),
                     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from pathlib import Path
 
@@ -10,15 +11,21 @@ import torch
 import yaml
 from rich.console import Console
 
+from analysis.results import load
 from analysis.vectors import Vector
 from engine.collect import find_garbage
 from engine.judge_costs import judge_costs
+from engine.judging import judge_task
 from engine.prepare import Prepared
-from engine.run import Outcome, run_sweep
+from engine.run import Outcome, run_sweep, write_sweep
 from engine.store import Store
 from engine.tasks import AnswersJob, VectorJob
+from engine.work import SweepWork
 from tests.engine.tiny_prepare import TinySweep, tiny_model_folder
 from tests.engine.tiny_sweep import write_tiny_sweep
+from trainables.base_model import load_base
+from trainables.chat_data import ChatEncoder
+from trainables.errors import StoreError
 
 EXTRACTABLE = """
 extraction_questions: [{id: e1, question: "Is it warm?"}, {id: e2, question: "Who sings?"}, {id: e3, question: "Why?"}]
@@ -108,7 +115,7 @@ class TestTasks:
             "negative 2",
         ]
         entry = prepared.manifest.asked[0]
-        assert (entry.vector, list(entry.judge_ids), entry.num_counted) == ("topic", ["trait", "other"], 1)
+        assert (entry.vector, set(entry.judge_ids), entry.counted) == ("topic", {"trait", "other"}, ("trait",))
         assert entry.rule == {"keep": "positive", "keep_above": 50.0, "min_coherence": None}
         assert set(entry.judge_ids.values()) <= prepared.judge_tasks.keys()
 
@@ -153,6 +160,87 @@ class TestFaults:
     def test_unknown_keys(self, sweep: TinySweep) -> None:
         sweep.raw["vectors"]["topic"]["extract"]["keep_abov"] = 3
         assert "did you mean keep_above?" in sweep.faults()["vectors.topic.extract.keep_abov"]
+
+
+class TestMadeWithoutRay:
+    @pytest.fixture
+    def prepared(self, sweep: TinySweep) -> Prepared:
+        sweep.raw["vectors"]["topic"]["extract"]["judge"]["patterns"] = ["e"]
+        sweep.raw["vectors"]["topic"]["extract"]["compare"] = {"other": {"judge": "rule", "patterns": ["[a-z]"]}}
+        sweep.raw["vectors"]["topic"]["extract"]["samples"] = 3
+        sweep.raw["runs"] = [{"defense": {"kind": "pps", "vector": "topic", "layer": 2, "coefficient": 0.5}}]
+        return sweep.prepare("training.max_steps=1", "evaluation.max_new_tokens=2")
+
+    def work(self, prepared: Prepared, folder: Path) -> SweepWork:
+        store = Store.open(folder, create=True)
+        write_sweep(prepared, store)
+        jobs = dict(prepared.jobs)
+        return SweepWork(store=store, jobs=jobs, device="cpu", threads=1, zero_stage=0, gradient_checkpointing=False)
+
+    def test_from_answers_to_the_vector(self, prepared: Prepared, tmp_path: Path) -> None:
+        work = self.work(prepared, tmp_path / "store")
+        store, vector_id = work.store, prepared.manifest.vectors["topic"]
+        vector_job = prepared.jobs[vector_id]
+        assert isinstance(vector_job, VectorJob)
+        for job in prepared.jobs.values():
+            if isinstance(job, AnswersJob):
+                work.run(job.id, lambda **_: None)
+        with pytest.raises(StoreError, match="not all answers are judged by 'trait'"):
+            work.run(vector_id, lambda **_: None)
+        for judge_id in vector_job.judge_ids:
+            asyncio.run(judge_task(store, prepared.judge_tasks[judge_id]))
+        work.run(vector_id, lambda **_: None)
+        made = Vector.read(store.path(f"vectors/{vector_id}.safetensors"))
+
+        asked = vector_job.asked
+        base = load_base(vector_job.base, torch.device("cpu"))
+        encoder, rows = ChatEncoder(base.tokenizer, 2**31), []
+        for positive, negative in zip(asked[::2], asked[1::2], strict=True):
+            sides = [store.read_table("generations", one.sample.id).to_pylist() for one in (positive, negative)]
+            rows += [pair for pair in zip(*sides, strict=True) if "e" in pair[0]["answer"].lower()]
+        rows = [pair for pair in rows if all(one["answer"].strip() for one in pair)]
+        assert 0 < len(rows) < 18, "some rows are kept and some are not"
+        means = []
+        for side in (0, 1):
+            states = []
+            for pair in rows:
+                one = pair[side]
+                head = [
+                    {"role": "system", "content": one["system_prompt"]},
+                    {"role": "user", "content": one["question"]},
+                ]
+                encoded = encoder.encode([*head, {"role": "assistant", "content": one["answer"]}])
+                with torch.no_grad():
+                    ids = torch.tensor([encoded.input_ids])
+                    hidden = base.model(input_ids=ids, output_hidden_states=True).hidden_states[:-1]
+                states.append(torch.stack(hidden)[:, 0, torch.tensor(encoded.response_mask)].double().mean(1))
+            means.append(torch.stack(states).mean(0))
+        # float32 activations, and sums over other batches: 1e-5 of values near 1
+        torch.testing.assert_close(made.values[:-1].double(), means[0] - means[1], rtol=1e-4, atol=1e-5)
+        assert f"{len(rows)} of 18 rows are left" in store.read(f"vectors/{vector_id}.log").decode()
+
+    def test_what_each_judge_would_keep(self, prepared: Prepared, tmp_path: Path) -> None:
+        work = self.work(prepared, tmp_path / "store")
+        for job in prepared.jobs.values():
+            if isinstance(job, AnswersJob):
+                work.run(job.id, lambda **_: None)
+        results = load(work.store.path("sweeps/tiny/manifest.json").parent)
+        assert set(results.extractions()["num_rows"]) == {0}, "nothing is judged yet"
+        vector_job = prepared.jobs[prepared.manifest.vectors["topic"]]
+        assert isinstance(vector_job, VectorJob)
+        for judge_id in vector_job.all_judge_ids:
+            asyncio.run(judge_task(work.store, prepared.judge_tasks[judge_id]))
+        answers = results.asked_answers()
+        positive = answers[answers["run"].str.startswith("positive")]
+        shown = {metric: int(part["value"].sum()) for metric, part in positive.groupby("metric")}
+        own, other = results.extractions().to_dict("records")
+        assert (own["metric"], own["num_rows"], own["has_a_say"]) == ("trait", 18, True)
+        assert (other["metric"], other["num_rows"], other["has_a_say"]) == ("other", 18, False)
+        for row in (own, other):  # an empty negative answer may remove some rows more
+            assert 0 < row["num_kept"] <= shown[row["metric"]]
+        assert other["num_kept_by_both"] == own["num_kept"] == own["num_kept_by_both"], "e is a letter"
+        (row,) = results.agreement().to_dict("records")
+        assert (row["answers"], row["metric"], row["other"], row["num_both"]) == ("vector topic", "trait", "other", 36)
 
 
 def write(folder: Path, **extract: object) -> Path:
