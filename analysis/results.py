@@ -241,9 +241,9 @@ class Results:
         rows = list(agreement_rows(self._scores(), scales, "runs"))
         asked = self.asked_answers()
         for vector in dict.fromkeys(entry.vector for entry in self.manifest.asked):
-            entry = next(entry for entry in self.manifest.asked if entry.vector == vector)
-            names = [*entry.counted, *sorted(entry.judge_ids.keys() - set(entry.counted))]
-            scales = {metric: entry.scales[metric] for metric in names}
+            first = next(asked for asked in self.manifest.asked if asked.vector == vector)
+            names = [*first.counted, *sorted(first.judge_ids.keys() - set(first.counted))]
+            scales = {metric: first.scales[metric] for metric in names}
             rows += agreement_rows(asked[asked["vector"] == vector], scales, f"vector {vector}")
         return agreement_frame(rows)
 

@@ -18,7 +18,8 @@ def table(
         str,
         typer.Argument(
             help="summary, runs, training, generations, scores, losses, measurements, agreement, extractions, "
-            "failures, or what measurements make: gradients, similarities, projections, components, component_scores, activation_changes, predictions"
+            "failures, or what measurements make: gradients, similarities, projections, components, "
+            "component_scores, activation_changes, predictions"
         ),
     ],
     csv: Annotated[bool, typer.Option("--csv", help="comma-separated values on standard output")] = False,
