@@ -8,8 +8,9 @@ with J = dh/dtheta and g = dL/dh of the step. A defense may be present in the st
 after. Descent makes the sum of <dh_i, g_i> over all tokens negative where the step had nothing present: it is
 - eta |dL/dtheta|^2 over the parameters below the layer.
 
-The direction of dh does not depend on eta to first order. So the step's LENGTH is given, relative to that of the moved
-parameters, which means the same for models of all sizes; the eta that results is kept.
+The direction of dh does not depend on eta to first order. So what is given is how much of the loss the step would take
+away to first order, eta |dL/dtheta|^2 / L, which means the same for all models, adapters and lengths; the eta that
+results is kept.
 
 Legend: n measured tokens, d hidden size.
 """
@@ -38,7 +39,7 @@ from trainables.residual_stream import ReadGradient, residual_stream
 Moved: TypeAlias = Literal["full", "lora"]
 """What the step moves: all parameters, or those of a LoRA adapter."""
 
-RELATIVE_STEP = 1e-4
+DECREASE = 0.01  # of the loss: on a model of 135M |dh| is then some 1e-3 of |h|, far above rounding and still small
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ class Stepper:
                 self._work = add_adapter(self._work, "step", lora or LoraSettings(), seed).to(base.device).eval()
             self._moved = [parameter for name, parameter in self._work.named_parameters() if _is_lora(name)]
             self._stood = [parameter.detach().clone() for parameter in self._moved]
-        self._length = _norm(self._stood)
 
-    def step(self, item: Item, plain: Item, layers: Sequence[int], relative_step: float) -> Change:
-        """A step on ``item``, read on ``plain``: the same sample with nothing present, the same tokens measured."""
+    def step(self, item: Item, plain: Item, layers: Sequence[int], decrease: float) -> Change:
+        """A step on ``item`` that takes the share ``decrease`` of its loss away, to first order; read on ``plain``: the
+        same sample with nothing present, the same tokens measured."""
         assert sum(item.measured) == sum(plain.measured)
         before = self._values(plain, layers)
         gradient: dict[int, torch.Tensor] = {}
@@ -108,7 +109,7 @@ class Stepper:
                 losses_n.sum().backward()
             slopes = [parameter.grad for parameter in self._moved]
             norm = _norm([slope for slope in slopes if slope is not None])
-            learning_rate = relative_step * self._length / norm if norm > 0 else 0.0
+            learning_rate = decrease * float(losses_n.detach().sum()) / norm**2 if norm > 0 else 0.0
             with torch.no_grad():
                 for parameter, slope in zip(self._moved, slopes, strict=True):
                     if slope is not None:
@@ -153,7 +154,7 @@ def activation_change_rows(
     measure_id: str,
     max_length: int,
     moved: Moved = "full",
-    relative_step: float = RELATIVE_STEP,
+    decrease: float = DECREASE,
     lora: LoraSettings | None = None,
     seed: int = 0,
     positions: Positions = "response",
@@ -162,9 +163,9 @@ def activation_change_rows(
 ) -> Iterator[ActivationChangeRow]:
     """Per row, condition of the step, layer and vector: cosines of dh and g with the vector, and with each other.
 
-    ``conditions``: what is present in the step. Means are over measured tokens that have a gradient in the step and
-    change after it. The model is the same to the bit afterwards, which is asserted. ``progress`` counts rows x
-    conditions.
+    ``conditions``: what is present in the step. ``decrease``: the share of the loss that a step takes away, to first
+    order. Means are over measured tokens that have a gradient in the step and change after it. The model is the same
+    to the bit afterwards, which is asserted. ``progress`` counts rows x conditions.
     """
     unit = unit_rows(vectors, layers)
     plain = Condition("\0plain")
@@ -175,7 +176,7 @@ def activation_change_rows(
     done, total = 0, len(groups) * len(conditions)
     for group in groups:
         for item in group[1:]:
-            found = stepper.step(item, group[0], layers, relative_step)
+            found = stepper.step(item, group[0], layers, decrease)
             for layer in layers:
                 yield from _rows(measure_id, item, moved, layer, found, list(vectors), unit[layer])
             done += 1

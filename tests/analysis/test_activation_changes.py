@@ -55,8 +55,8 @@ def test_equal_a_step_of_sgd_on_all_parameters(kind: ModelKind) -> None:
         before, losses = hidden(base, plain, messages)
         losses.sum().backward()
         total = torch.stack([p.grad.norm() for p in plain.parameters()]).norm()
-        size = torch.stack([p.detach().norm() for p in plain.parameters()]).norm()
-        torch.optim.SGD(plain.parameters(), lr=float(1e-4 * size / total)).step()
+        learning_rate = 0.01 * float(losses.detach().sum()) / float(total) ** 2
+        torch.optim.SGD(plain.parameters(), lr=learning_rate).step()
         after, _ = hidden(base, plain, messages)
         _, gradients = plain_gradients(base, messages)
         for layer in LAYERS:
@@ -66,8 +66,8 @@ def test_equal_a_step_of_sgd_on_all_parameters(kind: ModelKind) -> None:
             for name, vector in VECTORS.items():
                 row = found[index, layer, name]
                 assert row.num_tokens == int(used.sum())
-                assert row.learning_rate == pytest.approx(float(1e-4 * size / total), rel=1e-9)
-                assert row.step_norm == pytest.approx(float(1e-4 * size), rel=1e-9)
+                assert row.learning_rate == pytest.approx(learning_rate, rel=1e-9)
+                assert row.step_norm == pytest.approx(learning_rate * float(total), rel=1e-9)
                 # a change of 1e-4 is the difference of two states: 1e-16 / 1e-4 is lost
                 assert row.change_cosine == pytest.approx(
                     float(F.cosine_similarity(change, vector[layer][None], dim=1).mean()), abs=1e-9
@@ -87,7 +87,7 @@ def test_all_tokens_together_go_against_the_gradient_by_the_slope_below(moved: A
     (group,) = aligned_items(base, ROWS[:1], [NOTHING], max_length=512, positions="shared")
     assert all(group[0].measured)
     stepper = Stepper(base, base.model, moved, lora=LoraSettings(rank=4), seed=3)
-    found = stepper.step(group[0], group[0], [1, 2, 3, 4], 1e-7)
+    found = stepper.step(group[0], group[0], [1, 2, 3, 4], 1e-6)
     if moved == "full":
         plain = copy.deepcopy(base.model).requires_grad_(True)
     else:
@@ -123,7 +123,7 @@ def test_the_step_has_the_condition_and_the_reading_has_not() -> None:
             assert by_condition[name][layer, "b"].gradient_cosine == pytest.approx(expected, abs=1e-9)
             assert by_condition[name][layer, "b"].change_cosine != by_condition["none"][layer, "b"].change_cosine
     (group,) = aligned_items(base, ROWS[:1], [NOTHING, STEERED], max_length=512)
-    found = Stepper(base, base.model, "full").step(group[1], group[0], LAYERS, 1e-4)
+    found = Stepper(base, base.model, "full").step(group[1], group[0], LAYERS, 1e-2)
     states, _ = hidden(base, base.model, ROWS[0])
     for layer in LAYERS:
         assert torch.allclose(found.before[layer], states[layer], rtol=0, atol=1e-12), "read with nothing present"
@@ -133,7 +133,7 @@ def test_half_a_step_is_half_a_change() -> None:
     base = base_of(float64_model())
     (group,) = aligned_items(base, ROWS[:1], [NOTHING], max_length=512)
     stepper = Stepper(base, base.model, "full")
-    whole, half = (stepper.step(group[0], group[0], [3], size) for size in (1e-8, 5e-9))
+    whole, half = (stepper.step(group[0], group[0], [3], size) for size in (1e-6, 5e-7))
     assert whole.step_norm == pytest.approx(2 * half.step_norm)
     assert torch.allclose(whole.change[3], 2 * half.change[3], rtol=0, atol=1e-5 * float(whole.change[3].abs().max()))
 
