@@ -5,7 +5,9 @@ A server in a process of its own answers after 200 ms. Interleaved, 2,000 judgem
 - bare: ``openai.AsyncOpenAI`` and a semaphore, the reply read as the library gives it, nothing kept;
 - pool: the pool's Ray actors, with every reply on disk before it counts, and the scores published.
 
-``pool_over_bare``: judgements per second of the pool over those of the bare loop, median over pairs, one actor.
+``pool_over_bare``: judgements per second of the pool over those of the bare loop, median over pairs with its 95 %
+interval, one actor. ``pool_over_bare_per_cpu_s``: the same per CPU second of the process that asks, which other work on
+the machine does not disturb.
 ``pool_over_bound``: the pool's over 64 / 0.2 s, the most that 64 at a time can be. ``two_actors_over_one``: throughput.
 Starting Ray's processes is not in the times; finding, reading, committing and publishing are.
 
@@ -13,7 +15,7 @@ Then once with trouble: 20 % of attempts 429, 10 % 500, 5 % hang, 5 % of request
 that ended with a status, ``chaos_lost`` items without one, ``chaos_doubled`` requests that are in the segments twice,
 ``chaos_wall_over_clean`` its time over that of the clean pool of the same run.
 
-    python benchmarks/judge_pool.py [--pairs 5] [--items 2000]
+    python benchmarks/judge_pool.py [--pairs 8] [--items 2000]
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -34,6 +37,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ray
+from interleaved import Ratio
 from openai import AsyncOpenAI
 
 from analysis.judges.openai import OpenaiMetric
@@ -47,6 +51,7 @@ AT_ONCE = 64
 LATENCY_S = 0.2
 NUM_RUNS = 20
 TIMEOUT_S = 3.0
+GOAL = 0.95
 
 
 class Server:
@@ -89,10 +94,10 @@ def answers(store: Store, name: str, num_items: int) -> list[str]:
 METRIC = OpenaiMetric(prompt="How flattering is this?\n{question}\n{answer}", model="judge")
 
 
-def run_bare(url: str, num_items: int, name: str) -> float:
-    """Seconds of the bare loop."""
+def run_bare(url: str, num_items: int, name: str) -> tuple[float, float]:
+    """Seconds and CPU seconds of the bare loop."""
 
-    async def go() -> float:
+    async def go() -> tuple[float, float]:
         client = AsyncOpenAI(base_url=url, api_key="none", max_retries=0)
         places = asyncio.Semaphore(AT_ONCE)
 
@@ -109,17 +114,18 @@ def run_bare(url: str, num_items: int, name: str) -> float:
                 )
                 assert reply.choices[0].logprobs is not None
 
-        begun = time.perf_counter()
+        begun, begun_cpu = time.perf_counter(), time.process_time()
         await asyncio.gather(*[one(i) for i in range(num_items)])
-        seconds = time.perf_counter() - begun
+        seconds, cpu_s = time.perf_counter() - begun, time.process_time() - begun_cpu
         await client.close()
-        return seconds
+        return seconds, cpu_s
 
     return asyncio.run(go())
 
 
-def run_pool(store: Store, url: str, num_items: int, name: str, actors: int = 1) -> tuple[float, Counter[str]]:
-    """Seconds of the pool from the first submission to the last published scores, and the statuses of all items."""
+def run_pool(store: Store, url: str, num_items: int, name: str, actors: int = 1) -> tuple[float, float, Counter[str]]:
+    """Seconds of the pool from the first submission to the last published scores, CPU seconds of its processes in that
+    time, and the statuses of all items."""
     samples = answers(store, name, num_items)
     tasks = {
         sample_id[::-1]: JudgeTask(id=sample_id[::-1], sample_id=sample_id, run_id="r" * 12, metric=METRIC)
@@ -130,16 +136,18 @@ def run_pool(store: Store, url: str, num_items: int, name: str, actors: int = 1)
     )
     pool = JudgePool(store, tasks, print, {"openai": endpoint})
     pool.start()
+    begun_cpu = sum(counts["cpu_s"] for counts in pool.counts())
     begun = time.perf_counter()
     for sample_id in samples:
         pool.submit(sample_id)
     pool.wait()
     seconds = time.perf_counter() - begun
+    cpu_s = sum(counts["cpu_s"] for counts in pool.counts()) - begun_cpu
     pool.stop()
     statuses = Counter(
         status for task in tasks for status in store.read_table("scores", task).column("status").to_pylist()
     )
-    return seconds, statuses
+    return seconds, cpu_s, statuses
 
 
 def doubled(store: Store) -> int:
@@ -154,7 +162,7 @@ def doubled(store: Store) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--items", type=int, default=2000)
     arguments = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -166,36 +174,50 @@ def main() -> None:
         store = Store.open(Path(folder) / "store", create=True)
         for pair in range(arguments.pairs):
             bare.append(run_bare(server.url, arguments.items, str(pair)))
-            pool.append(run_pool(store, server.url, arguments.items, f"p{pair}")[0])
+            pool.append(run_pool(store, server.url, arguments.items, f"p{pair}")[:2])
             two.append(run_pool(store, server.url, arguments.items, f"t{pair}", actors=2)[0])
-            print(f"pair {pair + 1}: bare {bare[-1]:6.2f} s   pool {pool[-1]:6.2f} s   two actors {two[-1]:6.2f} s")
+            parts = [
+                f"{name} {seconds:6.2f} s ({cpu_s:.2f} CPU)"
+                for name, (seconds, cpu_s) in (("bare", bare[-1]), ("pool", pool[-1]))
+            ]
+            print(f"pair {pair + 1}: {'   '.join(parts)}   two actors {two[-1]:6.2f} s")
         server.stop()
         chaos_server = Server(
             latency_s=LATENCY_S, troubles={"429": 0.2, "500": 0.1, "hang": 0.05, "garbage_logprobs": 0.05}
         )
         chaos_store = Store.open(Path(folder) / "chaos", create=True)
-        chaos_s, statuses = run_pool(chaos_store, chaos_server.url, arguments.items, "c")
+        chaos_s, _, statuses = run_pool(chaos_store, chaos_server.url, arguments.items, "c")
         chaos_server.stop()
         num_doubled = doubled(chaos_store)
     ray.shutdown()
-    ratios = [b / p for b, p in zip(bare, pool, strict=True)]
-    print(f"bare {statistics.median(bare):.2f} s, pool {statistics.median(pool):.2f} s, bound {bound_s:.2f} s")
-    print(f"pool over bare, pair by pair: {', '.join(f'{ratio:.3f}' for ratio in sorted(ratios))}")
+    clean_s = statistics.median(seconds for seconds, _ in pool)
+    wall = Ratio.of("pool_over_bare", [b for b, _ in bare], [p for p, _ in pool])
+    cpu = Ratio.of("pool_over_bare_per_cpu_s", [b for _, b in bare], [p for _, p in pool])
+    both = Ratio.of("two_actors_over_one", [p for p, _ in pool], two)
+    for ratio in (wall, cpu, both):
+        print(ratio.line())
+    is_met = "met" if wall.low >= GOAL else "missed" if wall.high < GOAL else f"not resolved at n = {wall.num_pairs}"
+    print(f"goal: pool_over_bare at least {GOAL}: {is_met}; the bound is {bound_s:.2f} s")
     print(f"with trouble: {chaos_s:.1f} s, {dict(statuses)}")
+    figures = {name: round(value, 3) for ratio in (wall, cpu, both) for name, value in bounds_of(ratio).items()}
     print(
         json.dumps(
-            {
-                "pool_over_bare": round(statistics.median(ratios), 3),
-                "pool_over_bare_range": [round(min(ratios), 3), round(max(ratios), 3)],
-                "pool_over_bound": round(bound_s / statistics.median(pool), 3),
-                "two_actors_over_one": round(statistics.median([p / t for p, t in zip(pool, two, strict=True)]), 3),
+            figures
+            | {
+                "pool_over_bound": round(bound_s / clean_s, 3),
                 "chaos_items": sum(statuses.values()),
                 "chaos_lost": arguments.items - sum(statuses.values()),
                 "chaos_doubled": num_doubled,
-                "chaos_wall_over_clean": round(chaos_s / statistics.median(pool), 3),
+                "chaos_wall_over_clean": round(chaos_s / clean_s, 3),
             }
         )
     )
+
+
+def bounds_of(ratio: Ratio) -> dict[str, float]:
+    """The figures of a ratio by name; an interval that there is none of is left out."""
+    bounds = {ratio.name: ratio.median, f"{ratio.name}_low": ratio.low, f"{ratio.name}_high": ratio.high}
+    return {name: value for name, value in bounds.items() if math.isfinite(value)}
 
 
 if __name__ == "__main__":

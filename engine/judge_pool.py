@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -110,10 +111,11 @@ class _JudgeActor:
         assert isinstance(asker, OpenAIAsker)
         return await answer_task(self.store, task, self.desk, asker)
 
-    async def counts(self) -> dict[str, int]:
-        """What was asked, for progress and benchmarks."""
+    async def counts(self) -> dict[str, float]:
+        """What was asked, and the CPU seconds of this process so far, for progress and benchmarks."""
         asker = self.desk.asker
-        return {"num_asked": self.desk.num_asked} | (vars(asker.counts) if isinstance(asker, OpenAIAsker) else {})
+        counts: dict[str, float] = {"num_asked": self.desk.num_asked, "cpu_s": time.process_time()}
+        return counts | (vars(asker.counts) if isinstance(asker, OpenAIAsker) else {})
 
 
 class JudgePool:
@@ -151,7 +153,14 @@ class JudgePool:
         """Start the processes that the tasks need, and wait until they are up; without it each starts when needed."""
         for task in self._all():
             self._actor(task)
-        ray.get([actor.counts.remote() for actors in self._actors.values() for actor in actors])
+        self.counts()
+
+    def counts(self) -> list[dict[str, float]]:
+        """``_JudgeActor.counts`` of every process."""
+        found: list[dict[str, float]] = ray.get(
+            [actor.counts.remote() for actors in self._actors.values() for actor in actors]
+        )
+        return found
 
     def stop(self) -> None:
         """End the pool's processes; what they had under way is asked again some time."""

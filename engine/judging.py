@@ -12,7 +12,7 @@ from analysis.rows import ScoreRow
 from analysis.tables import table_key
 from analysis.vectors import Answer, Asking, Score
 from engine.endpoints import EndpointConfig
-from engine.reply_log import FOLDER, ReplyLog, known_replies
+from engine.reply_log import FOLDER, ReplyIndex, ReplyLog
 from engine.store import Store
 from engine.tasks import AnswerTask, AskedTask, JudgeTask
 from trainables.errors import Fault, StoreError
@@ -61,6 +61,7 @@ class ReplyDesk:
         self.store = store
         self.asker = asker
         self.log = log or ReplyLog(store)
+        self.known = ReplyIndex(store)
         self.num_asked = 0
         self._under_way: dict[str, asyncio.Task[Reply]] = {}
 
@@ -69,7 +70,7 @@ class ReplyDesk:
         wanted = {request.id: request for request in requests}
         if not wanted:
             return {}
-        known = await asyncio.to_thread(known_replies, self.store, wanted.keys())
+        known = await asyncio.to_thread(self.known.find, wanted.keys())
         asked = [self._ask(request_id, request) for request_id, request in wanted.items() if request_id not in known]
         return known | dict(await asyncio.gather(*asked))
 

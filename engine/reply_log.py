@@ -12,8 +12,9 @@ import datetime
 import json
 import os
 import socket
+import threading
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from analysis.judges import Reply
@@ -29,32 +30,86 @@ def known_replies(store: Store, wanted: Collection[str]) -> dict[str, Reply]:
 
     Raises StoreError for a line that is broken, unless it is the torn last one of its segment.
     """
-    wanted = frozenset(wanted)
-    known: dict[str, Reply] = {}
-    if wanted:
-        for name in store.names(FOLDER):
-            if not name.endswith(".jsonl"):
-                continue
-            for request_id, reply in _read_segment(store.path(f"{FOLDER}/{name}"), wanted - known.keys()):
-                known.setdefault(request_id, reply)
-    return known
+    return ReplyIndex(store).find(wanted)
 
 
-def _read_segment(path: Path, wanted: frozenset[str]) -> Iterator[tuple[str, Reply]]:
+class ReplyIndex:
+    """Where every committed reply lies. What was read once is not read again: a store may hold millions of replies, and
+    every judging task looks. Thread-safe."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._where: dict[str, tuple[str, int]] = {}  # request -> segment, offset of its line
+        self._read: dict[str, int] = {}  # segment -> bytes that are in the index
+        self._lock = threading.Lock()
+
+    def find(self, wanted: Collection[str]) -> dict[str, Reply]:
+        """As ``known_replies``, with what has been committed until now."""
+        if not wanted:
+            return {}
+        with self._lock:
+            for name in self.store.names(FOLDER):
+                if name.endswith(".jsonl"):
+                    self._extend(name)
+            places: dict[str, list[tuple[int, str]]] = {}
+            for request_id in wanted:
+                if request_id in self._where:
+                    name, offset = self._where[request_id]
+                    places.setdefault(name, []).append((offset, request_id))
+        return {
+            request_id: reply
+            for name, lines in places.items()
+            for request_id, reply in _replies(self._path(name), sorted(lines))
+        }
+
+    def _path(self, name: str) -> Path:
+        return self.store.path(f"{FOLDER}/{name}")
+
+    def _extend(self, name: str) -> None:
+        """Take in the whole lines that a segment has gained."""
+        path, offset = self._path(name), self._read.get(name, 0)
+        if path.stat().st_size == offset:
+            return
+        with path.open("rb") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # torn by a kill, or being written right now
+                self._where.setdefault(_request_id(path, offset, line), (name, offset))
+                offset += len(line)
+        self._read[name] = offset
+
+
+_HEAD = b'{"request":"'
+_ID_LENGTH = 24
+
+
+def _request_id(path: Path, offset: int, line: bytes) -> str:
+    """The id in a line of ours, without reading the whole of it as JSON."""
+    end = len(_HEAD) + _ID_LENGTH
+    if line.startswith(_HEAD) and line[end : end + 2] == b'",':
+        return line[len(_HEAD) : end].decode("ascii", "replace")
+    return _parsed(path, offset, line)[0]
+
+
+def _replies(path: Path, lines: Sequence[tuple[int, str]]) -> Iterator[tuple[str, Reply]]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return  # torn by a kill, or being written right now
-            try:
-                raw = json.loads(line)
-                request_id = raw["request"]
-                if request_id in wanted:
-                    yield request_id, Reply.from_json(json.dumps(raw["reply"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise StoreError(
-                    f"{path}, line {number}: not a reply ({error}); the file was changed by something else. "
-                    "Move it away: what it held is then asked again"
-                ) from error
+        for offset, request_id in lines:
+            file.seek(offset)
+            yield request_id, _parsed(path, offset, file.readline())[1]
+
+
+def _parsed(path: Path, offset: int, line: bytes) -> tuple[str, Reply]:
+    try:
+        raw = json.loads(line)
+        return str(raw["request"]), Reply.from_json(json.dumps(raw["reply"]))
+    except (ValueError, KeyError, TypeError) as error:
+        with path.open("rb") as file:
+            number = file.read(offset).count(b"\n") + 1
+        raise StoreError(
+            f"{path}, line {number}: not a reply ({error}); the file was changed by something else. "
+            "Move it away: what it held is then asked again"
+        ) from error
 
 
 class ReplyLog:

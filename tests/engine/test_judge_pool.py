@@ -12,10 +12,11 @@ import pytest
 import ray.exceptions
 
 import engine.judge_pool
+import engine.reply_log
 from analysis.judges import DegenerationMetric, Item, Judgement, Reply, Request, RuleMetric
 from engine.judge_pool import JudgePool
 from engine.judging import Judged, ReplyDesk, is_judged, judge_task
-from engine.reply_log import known_replies
+from engine.reply_log import ReplyIndex, ReplyLog, known_replies
 from engine.store import Store
 from engine.tasks import JudgeTask
 from trainables.errors import StoreError
@@ -288,3 +289,50 @@ class TestPool:
         pool.submit(SAMPLE)
         with pytest.raises(KeyboardInterrupt):
             pool.wait()
+
+
+class TestReplyIndex:
+    def test_what_was_read_is_not_read_again_and_what_is_new_is_found(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, second = (f"{number:024x}" for number in (1, 2))
+        index = ReplyIndex(store)
+        log = ReplyLog(store)
+        asyncio.run(log.commit(first, Reply("ok", "one")))
+        assert {name: reply.text for name, reply in index.find([first, second]).items()} == {first: "one"}
+        seen: list[bytes] = []
+        read = engine.reply_log._request_id
+
+        def note(path: Path, offset: int, line: bytes) -> str:
+            seen.append(line)
+            return read(path, offset, line)
+
+        monkeypatch.setattr(engine.reply_log, "_request_id", note)
+        asyncio.run(log.commit(second, Reply("ok", "two")))
+        asyncio.run(ReplyLog(store).commit(first, Reply("ok", "another")))  # by another writer: the first one counts
+        found = index.find([first, second])
+        assert {name: reply.text for name, reply in found.items()} == {first: "one", second: "two"}
+        assert len(seen) == 2
+
+    def test_a_torn_line_is_found_once_it_is_whole(self, store: Store) -> None:
+        log = ReplyLog(store)
+        asyncio.run(log.commit("0" * 24, Reply("ok", "one")))
+        path = store.path(log.key)
+        whole = path.read_bytes()
+        path.write_bytes(whole + whole[:-9])
+        index = ReplyIndex(store)
+        assert set(index.find(["0" * 24])) == {"0" * 24}
+        path.write_bytes(whole + whole.replace(b"0" * 24, b"1" * 24))
+        assert set(index.find(["1" * 24])) == {"1" * 24}
+
+    def test_a_damaged_reply_is_told_with_its_line(self, store: Store) -> None:
+        log = ReplyLog(store)
+        for number in range(3):
+            asyncio.run(log.commit(f"{number:024x}", Reply("ok", "x")))
+        path = store.path(log.key)
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(lines[0] + lines[1][:45] + b"\n" + lines[2])
+        index = ReplyIndex(store)
+        assert set(index.find([f"{2:024x}"])) == {f"{2:024x}"}
+        with pytest.raises(StoreError, match=r"line 2: not a reply"):
+            index.find([f"{1:024x}"])
