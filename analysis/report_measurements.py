@@ -16,6 +16,7 @@ from analysis import measured_figures as figures
 from analysis.figure_style import Drawn, Width
 from analysis.foretold import foretold, how_it_held, ranking
 from analysis.manifest import MeasureEntry
+from analysis.measurements.conditions import condition_label
 from analysis.report_content import NO_VALUE
 from analysis.results import Results
 from analysis.rows import NO_CONDITION
@@ -53,7 +54,7 @@ def measurement_sections(results: Results) -> list[Section]:
     for name in dict.fromkeys(entry.name for entry in results.manifest.measurements):
         entries = [entry for entry in results.manifest.measurements if entry.name == name]
         blocks = [block for entry in entries for block in _blocks(results, entry)]
-        blocks += _compared(results, entries)
+        blocks += [*_compared(results, entries), *_steering_vectors(results, entries[0])]
         blocks += _predicted(name, predictions[predictions["measurement"] == name])
         sections.append(Section(name, _facts(results, entries), tuple(blocks)))
     return sections
@@ -129,11 +130,63 @@ def _blocks(results: Results, entry: MeasureEntry) -> Iterator[Block]:
             "A point per row, in nats per response token. Above the identity line the defense explains the row.",
             partial(figures.loss_scatter, losses),
         )
-    yield from _further(table, stem, where)
+    if len(gradients) and len(losses):
+        curves = with_coefficients(gradients, entry)
+        if curves["coefficient"].nunique() > 2:  # nothing, and two more
+            layer = layers[-1] if len(layers) < 2 else layers[1]
+            yield from _drawn(
+                f"{stem}_coefficients",
+                f"Loss and cosine over coefficients{where}",
+                "Means over rows with their standard errors; a curve per way of steering.",
+                partial(
+                    figures.coefficient_curves,
+                    curves,
+                    with_coefficients(losses, entry),
+                    vector=trait,
+                    layer=layer,
+                ),
+            )
+    yield from _further(table, entry, stem, where)
 
 
-def _further(table: Callable[[str], pd.DataFrame], stem: str, where: str) -> Iterator[Block]:
+def with_coefficients(frame: pd.DataFrame, entry: MeasureEntry) -> pd.DataFrame:
+    """The rows of steered conditions with ``coefficient`` and ``series`` (the same steering at any coefficient). Those
+    with nothing present are coefficient 0 of every series."""
+    known: dict[str, tuple[str, float]] = {}
+    for given in entry.config.get("conditions") or entry.config.get("candidates") or ():
+        if isinstance(given.get("coefficient"), int | float):
+            label = condition_label(given)
+            known[label] = (label.rpartition(" x")[0], float(given["coefficient"]))
+    steered = frame[frame["condition"].isin(known)]
+    parts = [
+        steered.assign(
+            series=[known[name][0] for name in steered["condition"]],
+            coefficient=[known[name][1] for name in steered["condition"]],
+        )
+    ]
+    plain = frame[frame["condition"] == NO_CONDITION]
+    if len(plain):
+        parts += [
+            plain.assign(series=series, coefficient=0.0) for series in dict.fromkeys(s for s, _ in known.values())
+        ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _further(table: Callable[[str], pd.DataFrame], entry: MeasureEntry, stem: str, where: str) -> Iterator[Block]:
     """Blocks of the tables that few measurements make."""
+    similarities = table("similarities")
+    if len(similarities):
+        reference = str(similarities["reference"].iloc[0])
+        curves = with_coefficients(similarities, entry)
+        read = sorted(set(similarities["layer"]))
+        for series in dict.fromkeys(curves["series"]):
+            yield from _drawn(
+                f"{stem}_signature_{series}",
+                f"Gradient under {series} against that under {reference}{where}",
+                "Mean over rows of the cosine of the two gradients, token by token, over the coefficient; a curve per "
+                "layer that is read. Where it is high, steering changes gradients as the prompt does.",
+                partial(figures.signature, curves[curves["series"] == series], layers=read),
+            )
     components = table("components")
     if len(components):
         layers = sorted(set(components["layer"]))
@@ -159,6 +212,12 @@ def _further(table: Callable[[str], pd.DataFrame], stem: str, where: str) -> Ite
                 "dh is what one step on a row does to the row's own activations, read without the defense.",
                 partial(figures.change_by_layer, changes, vector=vector),
             )
+            yield from _drawn(
+                f"{stem}_change_scatter_{vector}",
+                f"One gradient step with and without a defense, along {vector}{where}",
+                "A point per row. Below the identity line the defended step moves activations less along the vector.",
+                partial(figures.change_scatter, changes, vector=vector, layers=_few_layers(changes)),
+            )
 
 
 def _compared(results: Results, entries: Sequence[MeasureEntry]) -> Iterator[Block]:
@@ -175,6 +234,33 @@ def _compared(results: Results, entries: Sequence[MeasureEntry]) -> Iterator[Blo
             f"Activations of trained models along {vector}",
             "Mean projection minus that of the base on the same rows, in units of the base's mean activation norm.",
             partial(figures.projection_by_layer, projections, vector=vector, base="base"),
+        )
+
+
+def _steering_vectors(results: Results, entry: MeasureEntry) -> Iterator[Block]:
+    """How the vectors of a signature's conditions stand to all vectors of the sweep, layer by layer."""
+    if entry.kind != "similarities":
+        return
+    made = {name: results.vector(name).values.double() for name in results.manifest.vectors if results.has_vector(name)}
+    steered = dict.fromkeys(str(given["vector"]) for given in entry.config["conditions"] if "vector" in given)
+    rows = [
+        {
+            "vector": f"{one} with {other}",
+            "layer": layer,
+            "cosine": float(row @ against / (row.norm() * against.norm())),
+        }
+        for one in steered
+        for other in made
+        if one in made and other != one
+        for layer, (row, against) in enumerate(zip(made[one], made[other], strict=True))
+        if layer and float(row.norm() * against.norm()) > 0
+    ]
+    if rows:
+        yield from _drawn(
+            f"{entry.name}_vector_cosines",
+            "The vectors that steer beside the others",
+            "Cosine at every layer.",
+            partial(figures.vector_cosines, pd.DataFrame(rows)),
         )
 
 

@@ -377,6 +377,10 @@ class Results:
             raise ConfigError([Fault("vector", f"{name!r} is not made yet")], "nothing was read")
         return Vector.read(self.root / key)
 
+    def has_vector(self, name: str) -> bool:
+        """Whether a vector of the sweep is made."""
+        return name in self.manifest.vectors and self._exists(vector_key(self.manifest.vectors[name]))
+
     def load_model(
         self, run: str, *, device: str | None = None, base: str | None = None
     ) -> tuple[Any, PreTrainedTokenizerBase]:

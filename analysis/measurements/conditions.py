@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal, TypeAlias
 
 import torch
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from analysis.conditions import NOTHING, Condition
 from analysis.conditions import Steering as Shift
@@ -55,6 +55,14 @@ class Steering(Config):
 ConditionConfig: TypeAlias = Annotated[Item | Steering, Field(discriminator="kind")]
 
 
+_ANY: TypeAdapter[ConditionConfig] = TypeAdapter(ConditionConfig)
+
+
+def condition_label(plain: Mapping[str, object]) -> str:
+    """What a condition is called that is given as plain data, with the sweep's names."""
+    return _ANY.validate_python(plain).label()
+
+
 def condition_key(config: ConditionConfig) -> str:
     """What stored tables call a condition whose names are resolved: its kind and a hash of all that it is."""
     semantics = getattr(config, "semantics", 1)
@@ -85,6 +93,13 @@ def named_condition(
         if isinstance(value, tuple) and value in banks and _is_bank(config, field):
             values[(field,)] = banks[value]
     return replaced(config, values)
+
+
+def condition_names(
+    conditions: Sequence[ConditionConfig], vectors: Mapping[str, str], banks: Mapping[tuple[str, ...], str]
+) -> dict[str, str]:
+    """What stored tables call the resolved conditions -> their labels."""
+    return {condition_key(config): named_condition(config, vectors, banks).label() for config in conditions}
 
 
 def condition_faults(

@@ -14,8 +14,7 @@ from analysis.measurements.conditions import (
     ConditionConfig,
     all_conditions,
     condition_faults,
-    condition_key,
-    named_condition,
+    condition_names,
 )
 from analysis.rows import LossRow
 from trainables.config import NamesVector, Path
@@ -108,10 +107,3 @@ def readout_faults(
             )
         elif name in names[:index]:
             yield ("vectors", index), f"{name!r} is listed twice"
-
-
-def condition_names(
-    conditions: Sequence[ConditionConfig], vectors: Mapping[str, str], banks: Mapping[tuple[str, ...], str]
-) -> dict[str, str]:
-    """What stored tables call the resolved conditions -> their labels."""
-    return {condition_key(config): named_condition(config, vectors, banks).label() for config in conditions}

@@ -13,8 +13,14 @@ from pydantic import Field
 from analysis.gradients import gradient_rows
 from analysis.measured_rows import GradientRow
 from analysis.measurements.base import BaseMeasurement, Made, Part, Shard
-from analysis.measurements.conditions import ConditionConfig, all_conditions, condition_faults, condition_key
-from analysis.measurements.gradients import condition_names, read_layers, readout_faults
+from analysis.measurements.conditions import (
+    ConditionConfig,
+    all_conditions,
+    condition_faults,
+    condition_key,
+    condition_names,
+)
+from analysis.measurements.gradients import read_layers, readout_faults
 from analysis.predictions import prediction_rows
 from analysis.projections import projection_differences, projection_rows, with_answers
 from analysis.rows import NO_CONDITION, LossRow

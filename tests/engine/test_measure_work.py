@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from rich.console import Console
 from analysis.foretold import foretold, how_it_held, ranking
 from analysis.manifest import vector_key
 from analysis.measured_rows import PredictionRow
+from analysis.measurements import MeasurementConfig
 from analysis.measurements.prediction import OWN_ANSWERS
 from analysis.report import write_report
 from analysis.results import Results, load
@@ -176,6 +178,66 @@ def test_a_prediction_is_made_of_all_shards(sweep: TinySweep, tmp_path: Path) ->
     text = console.export_text()
     assert "no run has had one of these" in text
     assert max(len(line) for line in text.splitlines()) <= 80
+
+
+PPS = {"kind": "pps", "vector": "topic", "layer": 2, "coefficient": 1.5}
+PROMPT = {"kind": "inoculation", "prompts": "topic"}
+EVERY_KIND = {
+    "losses": {"kind": "losses", "samples": 3},
+    "signature": {
+        "kind": "similarities",
+        "part": "second",
+        "reference": PROMPT,
+        "conditions": [{"kind": "steering", "vector": "topic", "coefficient": {"grid": [0.5, 1.0]}}],
+    },
+    "directions": {
+        "kind": "components",
+        "vectors": ["topic", "random"],
+        "conditions": [PPS, PROMPT],
+        "layers": [2, 3],
+        "rows_per_shard": 3,
+    },
+    "activations": {"kind": "projections", "vectors": ["topic"], "samples": 3, "conditions": [PPS]},
+    "one_step": {"kind": "activation_changes", "vectors": ["topic"], "samples": 3, "conditions": [PPS, PROMPT]},
+    "curves": {
+        "kind": "gradients",
+        "vectors": ["topic"],
+        "samples": 3,
+        "layers": [2, 3],
+        "conditions": [{**PPS, "coefficient": {"grid": [0.5, 1.0, 2.0]}}],
+    },
+}
+
+
+def test_every_kind_is_measured_and_shown(sweep: TinySweep, tmp_path: Path) -> None:
+    sweep.raw["measure"] = EVERY_KIND
+    prepared = sweep.prepare()
+    sweep.raw["measure"] = {"before": dict(BEFORE)}
+    assert {entry.kind for entry in prepared.manifest.measurements} == {
+        *(str(kind.model_fields["kind"].default) for kind in get_args(get_args(MeasurementConfig)[0]))
+    } - {"prediction"}
+    store = do_all(prepared, tmp_path / "store")
+    results = load(tmp_path / "store" / "sweeps" / "tiny")
+    assert set(results.measurements()["status"]) == {"done"}
+    similarities = results.table("similarities")
+    assert set(similarities["condition"]) == {"topic all layers x0.5", "topic all layers x1"}
+    assert set(similarities["reference"]) == {"inoculation topic"}
+    components = results.table("components")
+    assert set(components["condition"]) == {"pps topic L2 x1.5", "inoculation topic"}
+    assert set(components["num_rows"]) == {8}, "of all shards together"
+    assert set(results.table("component_scores")["row"]) == set(range(8))
+    assert set(results.table("projections")["condition"]) == {"none", "pps topic L2 x1.5"}
+    assert set(results.table("activation_changes")["condition"]) == {"none", "pps topic L2 x1.5", "inoculation topic"}
+    page = write_report(results, tmp_path / "report").read_text()
+    for title in (
+        "Gradient under topic all layers against that under inoculation topic",
+        "The vectors that steer beside the others",
+        "What the directions are, layer 3",
+        "One gradient step with and without a defense, along topic",
+        "Loss and cosine over coefficients",
+    ):
+        assert title in page
+    assert find_garbage(store) == []
 
 
 def test_predictions_stand_beside_what_runs_showed(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
