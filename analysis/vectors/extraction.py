@@ -37,6 +37,9 @@ class Extraction(Config):
 
     trait: Annotated[str, NamesTrait(), Field(min_length=1)]
     """Name of a trait, or a path to it, with ``instructions`` and ``extraction_questions``."""
+    questions: Literal["extraction", "evaluation"] = "extraction"
+    """Which questions are asked: the trait's ``extraction_questions``, or its ``questions``, as with a file of
+    persona_vectors' ``trait_data_extract``. Do not evaluate with the questions that a vector is made of."""
     judge: MetricConfig
     """Judges how much of the trait is in an answer. Scores with other bounds (a rule's 0 and 1) are stretched to 0 to
     100."""
@@ -99,10 +102,12 @@ class ExtractedVector(VectorKind):
 
     def with_traits(self, traits: Mapping[Path, Trait]) -> Self:
         trait = traits["extract", "trait"]
-        missing = [name for name in ("instructions", "extraction_questions") if not getattr(trait, name)]
+        asked = "extraction_questions" if self.extract.questions == "extraction" else "questions"
+        missing = [name for name in ("instructions", asked) if not getattr(trait, name)]
         if missing:
             message = f"trait {self.extract.trait!r} has no {' and no '.join(missing)}; an extraction needs both"
             raise ConfigError([Fault("extract.trait", message)])
+        trait = trait.model_copy(update={"extraction_questions": getattr(trait, asked)})
         return self.model_copy(update={"extract": self.extract.with_trait(trait)})
 
     def smoke(self) -> Self:

@@ -126,6 +126,10 @@ class TestWhatIsAsked:
         assert ids[0] == "e0_pos_1"
         assert [question.text for question in asked[3].questions] == ["Question 0?", "Question 1?", "Question 2?"]
 
+    def test_the_evaluation_s_questions_on_request(self) -> None:
+        (first, *_) = config(questions="evaluation").asked()
+        assert [(question.id, question.text) for question in first.questions] == [("q_pos_1", "Who?")]
+
     def test_without_adjectives_the_instruction_stands_alone(self) -> None:
         assert system_prompt(TRAIT.model_copy(update={"adjectives": None}), "positive", "Glow.") == "Glow."
 
