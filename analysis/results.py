@@ -124,6 +124,15 @@ class Results:
         runs = [entry for entry in self.manifest.runs if entry.kind == "run"]
         return self._frame("training", [(entry, entry.run_id, {}) for entry in runs])
 
+    def signals(self) -> pd.DataFrame:
+        """One row per figure that a run showed at a step beside its loss: penalties, and what ``training.watch`` asks
+        for."""
+        runs = [entry for entry in self.manifest.runs if entry.kind == "run"]
+        frame = self._frame("signals", [(entry, entry.run_id, {}) for entry in runs])
+        for name, task_id in self.manifest.vectors.items():  # a run knows its vectors by their ids
+            frame["name"] = frame["name"].str.replace(task_id, name, regex=False)
+        return frame
+
     def generations(self) -> pd.DataFrame:
         """One row per sampled answer."""
         return self._frame("generations", [(entry, entry.sample_id, {}) for entry in self.manifest.runs])
@@ -333,6 +342,7 @@ class Results:
         record = read_run_record(self.root / run_key(entry.run_id)) if entry.kind == "run" else None
         names = (name for name in RunRecord.model_fields if name != "status")
         measured: dict[str, Any] = {name: record and getattr(record, name) for name in names}
+        measured["diverged"] = self._diverged(entry) if record is not None else None
         return RunRow(
             run=entry.label,
             kind=entry.kind,
@@ -343,6 +353,15 @@ class Results:
             log_tail="\n".join(failure.log_tail) if failure is not None and failure.log_tail else None,
             **measured,
         )
+
+    def _diverged(self, entry: RunEntry) -> bool | None:
+        """Whether a training ended at a higher loss than it began with: means of a tenth of its steps each."""
+        key = table_key("training", entry.run_id)
+        if not self._exists(key):
+            return None
+        losses = read_parquet(self.root / key, "training").column("loss").to_pylist()
+        tenth = max(1, len(losses) // 10)
+        return bool(sum(losses[-tenth:]) > sum(losses[:tenth]))
 
     def _status(self, entry: RunEntry, failures: dict[str, Failure]) -> tuple[str, Failure | None]:
         """What failed outranks what was skipped because of it; a failure whose output is there now is history."""
@@ -420,6 +439,7 @@ READERS: dict[str, Callable[[Results], pd.DataFrame]] = {
     "summary": Results.summary,
     "runs": Results.runs,
     "training": Results.training,
+    "signals": Results.signals,
     "generations": Results.generations,
     "scores": Results.scores,
     "losses": Results.losses,

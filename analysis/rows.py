@@ -68,6 +68,10 @@ class RunRow:
     num_steps: int | None = column("optimizer steps of the training")
     num_tokens: int | None = column("tokens that were trained on without padding", "tokens")
     train_loss_last_epoch: float | None = column("training loss over the last epoch", "nats/token")
+    diverged: bool | None = column(
+        "whether the training ended at a higher loss than it began with: the mean over its last tenth of steps is "
+        "above that over its first tenth"
+    )
     started_utc: str | None = column("when the training started", "UTC")
     finished_utc: str | None = column("when the training ended", "UTC")
 

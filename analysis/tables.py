@@ -29,10 +29,11 @@ from analysis.measured_rows import (
 )
 from analysis.rows import AgreementRow, ExtractionRow, LossRow, RunRow, ScoreRow
 from trainables.errors import StoreError
-from trainables.rows import GenerationRow, TrainingRow
+from trainables.rows import GenerationRow, SignalRow, TrainingRow
 
 TABLES: dict[str, type] = {
     "training": TrainingRow,
+    "signals": SignalRow,
     "generations": GenerationRow,
     "scores": ScoreRow,
     "losses": LossRow,

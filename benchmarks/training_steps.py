@@ -25,7 +25,8 @@ from trainables.defenses import DefenseConfig
 from trainables.lora import LoraSettings, adapter_parameters, add_adapter, linear_module_names
 from trainables.randomness import permutation
 from trainables.rows import TrainingRow
-from trainables.train import RunSpec, TrainingConfig, train_pack
+from trainables.train import RunSpec, train_pack
+from trainables.training_config import TrainingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "configs" / "data" / "bridge" / "on_trait.jsonl"

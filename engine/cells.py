@@ -208,9 +208,9 @@ def _normal(merged: Merged) -> tuple[dict[str, Any], list[Fault]]:
 def _cell(raw: Mapping[str, Any], merged: Merged, vectors: Mapping[str, Any]) -> tuple[Cell | None, list[Fault]]:
     cell, faults = validate(Cell, raw, lambda path: cell_key(merged, path))
     faults += [
-        Fault(cell_key(merged, ("defense", index, name)), f"no vector {show(used)}; {nearest(used, vectors)}")
+        Fault(cell_key(merged, ("defense", index, *path)), f"no vector {show(used)}; {nearest(used, vectors)}")
         for index, item in enumerate(raw["defense"])
-        for name, used in vector_names(item).items()
+        for path, used in vector_names(item).items()
         if used and used not in vectors
     ]
     return cell, faults

@@ -13,16 +13,11 @@ from trainables.errors import ConfigError, Fault
 
 
 def prompt_bank(bank: object, key: str, sources: Sources) -> tuple[str, ...] | None:
-    """The texts of a bank: those given, or the ``inoculation_prompts`` of the trait that is named. None: a fault."""
+    """The texts of a bank: those given, a trait's ``inoculation_prompts``, or those of a file. None: a fault."""
     if not isinstance(bank, str):
         assert isinstance(bank, tuple)
         return bank
-    trait = sources.trait(bank, key)
-    if trait is not None and trait[0].inoculation_prompts:
-        return trait[0].inoculation_prompts
-    if trait is not None:
-        sources.faults.append(Fault(key, f"trait {bank!r} has no inoculation_prompts"))
-    return None
+    return sources.prompt_bank(bank, key)
 
 
 def resolved_metric(metric: MetricConfig, key: str, sources: Sources) -> MetricConfig | None:

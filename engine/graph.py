@@ -15,14 +15,24 @@ from engine.row_proofs import RowProofs, tokenizer_name
 from engine.smoke import smoke_cell, smoke_questions
 from engine.sources import Sources
 from engine.sweep_file import Cell, Sweep
-from engine.tasks import JudgeTask, LossTask, RunJob, SampleTask, TrainTask, base_run_id, resolved_defense, task_id
+from engine.tasks import (
+    JudgeTask,
+    LossTask,
+    RunJob,
+    SampleTask,
+    TrainTask,
+    base_run_id,
+    resolved_defense,
+    resolved_training,
+    task_id,
+)
 from engine.vector_tasks import VectorTasks
 from trainables.base_model import ResolvedBase
 from trainables.defenses import defense_label
 from trainables.errors import Fault
 from trainables.sample import Question, SamplingConfig
 from trainables.shapes import ModelShape
-from trainables.train import num_optimizer_steps
+from trainables.training_config import num_optimizer_steps
 
 BASE = "base"  # label of the untrained base
 
@@ -87,20 +97,20 @@ class Graph:
         """Add a cell's vectors, run, samples, judgements and measurements, and those of its base."""
         cell, base = sound.cell, sound.found.base
         self.proofs.name_base(base, self.sweep.key(sound.index, "base", "model"))
-        ids = {
-            name: self.vectors.add(name, base, self.proofs.must_prove, self.proofs.must_render)
-            for name in vector_names(cell.defense)
-        }
+        watched = cell.training.watch.vectors if cell.training.watch is not None else ()
+        names = dict.fromkeys((*vector_names(cell.defense), *watched))
+        ids = {name: self.vectors.add(name, base, self.proofs.must_prove, self.proofs.must_render) for name in names}
         defense = resolved_defense(cell.defense, ids, dict(sound.found.prompts))
+        training = resolved_training(cell.training, ids)
         content = sound.found.train_content
-        identity = TrainTask.identity(base, cell.data, content, defense, cell.training, cell.seed)
+        identity = TrainTask.identity(base, cell.data, content, defense, training, cell.seed)
         train = TrainTask(
             id=task_id(identity),
             base=base,
             data=cell.data,
             train_content=content,
             defense=defense,
-            training=cell.training,
+            training=training,
             seed=cell.seed,
         )
         data = cell.data

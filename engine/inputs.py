@@ -59,6 +59,20 @@ def find_trait(name: str, sweep_dir: Path) -> Path | None:
     return None
 
 
+def bank_places(name: str, sweep_dir: Path) -> list[Path]:
+    """Where ``find_bank`` looks, in order: text files with a prompt per line."""
+    if "/" in name or name.startswith(("~", ".")) or name.endswith(".txt"):
+        return file_places(name, sweep_dir)
+    sweep_dir = sweep_dir.absolute()
+    roots = (sweep_dir, sweep_dir.parent, sweep_dir / "configs", Path.cwd() / "configs", PROJECT_ROOT / "configs")
+    return list(dict.fromkeys(root / "prompts" / f"{name}.txt" for root in roots))
+
+
+def find_bank(name: str, sweep_dir: Path) -> Path | None:
+    """The file of the bank of prompts ``name``, a name or a path."""
+    return next((place for place in bank_places(name, sweep_dir) if name and place.is_file()), None)
+
+
 def _is_path(name: str) -> bool:
     return "/" in name or name.startswith(("~", ".")) or name.endswith((".yaml", ".yml", ".json"))
 

@@ -20,10 +20,10 @@ from engine.tasks import QuestionText
 from engine.vector_tasks import VectorTasks
 from trainables.base_model import ResolvedBase
 from trainables.chat_data import HubDataset
-from trainables.config import NamesPrompts, NamesVector, referenced
+from trainables.config import NamesPrompts, NamesVector, names_in, referenced
 from trainables.defenses import Item, defense_faults
 from trainables.errors import Fault
-from trainables.shapes import ModelShape
+from trainables.shapes import ModelShape, layers_faults
 
 Key = Callable[..., str]  # path of a cell -> where it stands in the user's file
 
@@ -35,7 +35,7 @@ class Found:
     base: ResolvedBase
     shape: ModelShape
     train_content: str
-    prompts: Mapping[str, tuple[str, ...]]  # trait -> its inoculation prompts
+    prompts: Mapping[str, tuple[str, ...]]  # name of a bank -> its texts
     questions: tuple[QuestionText, ...]
     plain_answers: str  # content
     plain_answers_key: str
@@ -47,14 +47,15 @@ def look_up(named: Named, key: Key, sources: Sources, vectors: VectorTasks) -> F
     base = sources.base(named.base, key("base")) if named.base is not None else None
     content = _train_content(named.train, key("data", "train"), sources)
     prompts = _prompt_banks(named, key, sources)
-    is_defense_sound = _check_defense(named, key, base, sources, vectors)
+    is_defense_sound = _check_defense(named, key, base, prompts or {}, sources, vectors)
+    is_training_sound = _check_training(named, key, base, sources, vectors)
     questions, plain_answers, plain_key = _questions(named, key, sources)
     metrics = _metrics(named, key, sources)
     is_server_known = named.answers_from is None or named.answers_from in sources.endpoints
     if not is_server_known:
         message = f"no endpoint {show(named.answers_from)}; {nearest(str(named.answers_from), sources.endpoints)}"
         sources.faults.append(Fault(key("evaluation", "answers_from"), message))
-    if base is None or content is None or prompts is None or not is_defense_sound:
+    if not is_training_sound or base is None or content is None or prompts is None or not is_defense_sound:
         return None
     if questions is None or plain_answers is None or metrics is None or not is_server_known:
         return None
@@ -63,7 +64,8 @@ def look_up(named: Named, key: Key, sources: Sources, vectors: VectorTasks) -> F
 
 def vector_names(defense: tuple[Item | None, ...]) -> list[str]:
     """Names of the vectors that a defense uses."""
-    return [str(name) for item in defense if item is not None for name in referenced(item, NamesVector).values()]
+    named = (value for item in defense if item is not None for value in referenced(item, NamesVector).values())
+    return list(dict.fromkeys(name for value in named for name in names_in(value)))
 
 
 def _train_content(train: str | HubDataset | None, key: str, sources: Sources) -> str | None:
@@ -88,7 +90,12 @@ def _prompt_banks(named: Named, key: Key, sources: Sources) -> dict[str, tuple[s
 
 
 def _check_defense(
-    named: Named, key: Key, base: tuple[ResolvedBase, ModelShape] | None, sources: Sources, vectors: VectorTasks
+    named: Named,
+    key: Key,
+    base: tuple[ResolvedBase, ModelShape] | None,
+    prompts: Mapping[str, tuple[str, ...]],
+    sources: Sources,
+    vectors: VectorTasks,
 ) -> bool:
     if base is None:
         return False
@@ -96,13 +103,55 @@ def _check_defense(
     names = vector_names(named.defense)
     shapes = {name: shape for name in names if (shape := vectors.shape(name, resolved, model)) is not None}
     positions = [position for position, item in enumerate(named.defense) if item is not None]
-    items = [item for item in named.defense if item is not None]
-    faults = [
+    items = [_with_prompts(item, prompts) for item in named.defense if item is not None]
+    found = [
         Fault(key("defense", positions[index], field), message)
         for index, field, message in defense_faults(items, model, shapes)
     ]
+    said = {fault.key for fault in sources.faults}  # a wrong value is left out: that it is missing follows from that
+    faults = [fault for fault in found if not (fault.message.startswith("missing") and fault.key in said)]
     sources.faults += faults
-    return not faults and all(name in shapes for name in names)
+    return not found and all(name in shapes for name in names)
+
+
+def _check_training(
+    named: Named, key: Key, base: tuple[ResolvedBase, ModelShape] | None, sources: Sources, vectors: VectorTasks
+) -> bool:
+    """Whether the layers and vectors that ``training`` names are there."""
+    training = named.training
+    if base is None or training is None:
+        return True
+    resolved, model = base
+    faults = [
+        Fault(
+            key("training", "lora", "layers"),
+            f"there is no decoder block {layer}; the model has 1 to {model.num_layers}",
+        )
+        for layer in training.lora.layers or ()
+        if layer > model.num_layers
+    ]
+    watch = training.watch
+    names = watch.vectors if watch is not None else ()
+    unknown = [name for name in names if name not in vectors.configs]
+    for name in unknown:
+        message = f"no vector {show(name)}; {nearest(name, vectors.configs)}"
+        faults.append(Fault(key("training", "watch", "vectors"), message))
+    shapes = [vectors.shape(name, resolved, model) for name in names if name not in unknown]
+    if watch is not None:
+        here = key("training", "watch", "layers")
+        faults += [Fault(here, message) for message in layers_faults(watch.layers, model, shapes)]
+        if any(item is not None and item.kind == "gradient_penalty" for item in named.defense):
+            message = "gradients cannot be watched beside a gradient_penalty, which takes them itself"
+            faults.append(Fault(key("training", "watch"), message))
+    sources.faults += faults
+    return not faults and None not in shapes
+
+
+def _with_prompts(item: Item, prompts: Mapping[str, tuple[str, ...]]) -> Item:
+    """``item`` with the texts of its prompt banks, as far as they were found."""
+    banks = referenced(item, NamesPrompts)
+    found = {field: prompts[bank] for field, bank in banks.items() if isinstance(bank, str) and bank in prompts}
+    return item.model_copy(update=found)
 
 
 def _questions(named: Named, key: Key, sources: Sources) -> tuple[tuple[QuestionText, ...] | None, str | None, str]:

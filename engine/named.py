@@ -18,6 +18,7 @@ from trainables.base_model import BaseConfig
 from trainables.chat_data import DataConfig, HubDataset
 from trainables.config import Config, NamesVector
 from trainables.defenses import Item
+from trainables.training_config import TrainingConfig
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
@@ -33,6 +34,7 @@ class Named:
     answers_from: str | None
     plain_answers: str | None
     metrics: Mapping[str, MetricConfig]
+    training: TrainingConfig | None = None
 
 
 class _OneMetric(Config):
@@ -50,6 +52,7 @@ def named(cell: Cell) -> Named:
         answers_from=evaluation.answers_from,
         plain_answers=evaluation.plain_answers,
         metrics=evaluation.metrics,
+        training=cell.training,
     )
 
 
@@ -79,17 +82,23 @@ def salvaged_item(item: object) -> Item | None:
     return one.item if one is not None else None
 
 
-def vector_names(item: object) -> dict[str, str]:
-    """Field -> vector name, of the plain data of an item that may have any other fault."""
+def vector_names(item: object) -> dict[Path, str]:
+    """Path in the item -> vector name, of the plain data of an item that may have any other fault."""
     kinds: Sequence[type[Config]] = get_args(get_args(Item)[0])
     raw = _mapping(item)
-    return {
-        name: raw[name]
-        for kind in kinds
-        if kind.model_fields["kind"].default == raw.get("kind")
-        for name, field in kind.model_fields.items()
-        if any(isinstance(mark, NamesVector) for mark in field.metadata) and isinstance(raw.get(name), str)
-    }
+    found: dict[Path, str] = {}
+    for kind in kinds:
+        if kind.model_fields["kind"].default != raw.get("kind"):
+            continue
+        for name, field in kind.model_fields.items():
+            if not any(isinstance(mark, NamesVector) for mark in field.metadata):
+                continue
+            value = raw.get(name)
+            if isinstance(value, str):
+                found[name,] = value
+            elif isinstance(value, list):
+                found |= {(name, place): one for place, one in enumerate(value) if isinstance(one, str)}
+    return found
 
 
 def without_faults(model: type[AnyConfig], raw: Mapping[str, Any]) -> AnyConfig | None:

@@ -15,8 +15,10 @@ from analysis.formats import any_trait, foreign_chat
 from analysis.traits import Trait
 from engine.endpoints import EndpointConfig
 from engine.inputs import (
+    bank_places,
     canonical_jsonl,
     file_places,
+    find_bank,
     find_file,
     find_trait,
     places_looked,
@@ -129,6 +131,34 @@ class Sources:
 
         value: tuple[Trait, Path] | None = self._once("trait", name, key, look)
         return value
+
+    def prompt_bank(self, name: str, key: str) -> tuple[str, ...] | None:
+        """The prompts that the user calls ``name``: those of a trait or, where there is no such trait, of a file."""
+
+        def look() -> tuple[tuple[str, ...] | None, list[Fault]]:
+            path = find_bank(name, self.folder) if find_trait(name, self.folder) is None else None
+            if path is None:
+                return None, []
+            try:
+                lines = path.read_text(encoding="utf-8-sig").split("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                return None, [Fault(str(path), f"cannot be read: {error}")]
+            texts = tuple(line.strip() for line in lines if line.strip())
+            return (texts, []) if texts else (None, [Fault(str(path), "the bank is empty; write one prompt per line")])
+
+        texts: tuple[str, ...] | None = self._once("bank", name, key, look)
+        if texts is not None or self._found["bank", name][1]:
+            return texts
+        if find_trait(name, self.folder) is None:
+            banks = ", ".join(str(place) for place in bank_places(name, self.folder))
+            traits = places_looked(name, self.folder, trait=True)
+            message = f"no trait {name!r} and no bank of that name; looked at {traits}, {banks}"
+            self.faults.append(Fault(key, message))
+            return None
+        trait = self.trait(name, key)
+        if trait is not None and not trait[0].inoculation_prompts:
+            self.faults.append(Fault(key, f"trait {name!r} has no inoculation_prompts"))
+        return trait[0].inoculation_prompts or None if trait is not None else None
 
     def keep(self, content: bytes, rows: Rows | None = None) -> str:
         """Note content that workers will need; returns its hash."""

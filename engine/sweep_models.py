@@ -19,7 +19,7 @@ from trainables.config import AddedLater, Config
 from trainables.deepspeed_driver import ZeroStage
 from trainables.defenses import Item
 from trainables.sample import SamplingConfig
-from trainables.train import TrainingConfig
+from trainables.training_config import TrainingConfig
 
 
 def _name(text: str) -> str:

@@ -22,10 +22,11 @@ from analysis.tables import table_key
 from analysis.vectors import VectorConfig
 from trainables.base_model import ResolvedBase
 from trainables.chat_data import DataConfig
-from trainables.config import Config, NamesPrompts, NamesVector, recipe_of, referenced
+from trainables.config import Config, NamesPrompts, NamesVector, names_in, recipe_of, referenced
 from trainables.defenses import Item
+from trainables.lora import LoraSettings
 from trainables.sample import SamplingConfig
-from trainables.train import TrainingConfig
+from trainables.training_config import TrainingConfig
 
 TRAIN_SEMANTICS = 2  # 2: rows of a step are cut into micro-batches by length, which deals out dropout masks anew
 SAMPLE_SEMANTICS = 1
@@ -65,6 +66,10 @@ class TrainTask(Config):
         if training.lora.target_modules is not None:
             names = tuple(sorted(set(training.lora.target_modules)))
             update["lora"] = training.lora.model_copy(update={"target_modules": names})
+        if training.lora.layers is not None:
+            lora = update.get("lora", training.lora)
+            assert isinstance(lora, LoraSettings)
+            update["lora"] = lora.model_copy(update={"layers": tuple(sorted(set(training.lora.layers)))})
         settled = training.model_copy(update=update)
         return {
             "kind": "train",
@@ -77,8 +82,10 @@ class TrainTask(Config):
         }
 
     def vector_ids(self) -> tuple[str, ...]:
-        """Tasks that make the vectors of this training's defense."""
-        return tuple(str(value) for item in self.defense for value in referenced(item, NamesVector).values())
+        """Tasks that make the vectors of this training's defense, and those that it watches."""
+        named = [value for item in self.defense for value in referenced(item, NamesVector).values()]
+        named += [self.training.watch.vectors] if self.training.watch is not None else []
+        return tuple(dict.fromkeys(name for value in named for name in names_in(value)))
 
 
 class QuestionText(Config):
@@ -373,13 +380,22 @@ def base_run_id(base: ResolvedBase) -> str:
 def resolved_defense(
     items: tuple[Item, ...], vector_ids: dict[str, str], prompts: dict[str, tuple[str, ...]]
 ) -> tuple[Item, ...]:
-    """Replace every vector name by its task id and every trait name of a prompt bank by the trait's texts."""
+    """Replace every vector name by its task id and every name of a prompt bank by its texts."""
     resolved = []
     for item in items:
-        update: dict[str, object] = {
-            field: vector_ids[str(name)] for field, name in referenced(item, NamesVector).items()
-        }
+        update: dict[str, object] = {}
+        for field, value in referenced(item, NamesVector).items():
+            ids = tuple(vector_ids[name] for name in names_in(value))
+            update[field] = ids[0] if isinstance(value, str) else ids
         for field, bank in referenced(item, NamesPrompts).items():
             update[field] = prompts[bank] if isinstance(bank, str) else bank
         resolved.append(item.model_copy(update=update))
     return tuple(resolved)
+
+
+def resolved_training(training: TrainingConfig, vector_ids: dict[str, str]) -> TrainingConfig:
+    """Replace the names of the vectors that are watched by their task ids."""
+    if training.watch is None:
+        return training
+    watch = training.watch.model_copy(update={"vectors": tuple(vector_ids[name] for name in training.watch.vectors)})
+    return training.model_copy(update={"watch": watch})

@@ -33,7 +33,7 @@ from trainables.defenses import Message
 from trainables.errors import StoreError
 from trainables.lora import load_adapter
 from trainables.memory import release_memory
-from trainables.rows import GenerationRow, TrainingRow
+from trainables.rows import GenerationRow, SignalRow, TrainingRow
 from trainables.sample import Question, sample_answers
 from trainables.train import RunResult, RunSpec, train_pack
 from trainables.tune_trainable import Report
@@ -67,6 +67,7 @@ class StoreSink:
     report: Report
     training_rows: list[TrainingRow] = field(default_factory=list)
     unreported_rows: list[TrainingRow] = field(default_factory=list)
+    signal_rows: list[SignalRow] = field(default_factory=list)
 
     def log(self, message: str) -> None:
         self.store.append_line(log_key(self.run_id), f"{_utc_now()} {message}")
@@ -78,6 +79,9 @@ class StoreSink:
     def training(self, row: TrainingRow) -> None:
         self.training_rows.append(row)
         self.unreported_rows.append(row)
+
+    def signal(self, row: SignalRow) -> None:
+        self.signal_rows.append(row)
 
     def adapter(self, train_id: str, folder: Path) -> None:
         self.store.publish(adapter_key(train_id), folder)
@@ -230,6 +234,8 @@ class SweepWork:
             self._keep_rows_of_failed(sink, error)
             raise
         self.store.publish_table("training", task.id, sink.training_rows)
+        if sink.signal_rows:
+            self.store.publish_table("signals", task.id, sink.signal_rows)
         self.store.publish_json(run_key(task.id), self._record(task, result, started))
         self.store.remove(checkpoint_key(task.id))
         sink.log(f"training done: {result.num_steps} steps, {result.seconds_training:.1f} s")
@@ -256,6 +262,7 @@ class SweepWork:
             "finished_utc": _utc_now(),
             "seconds_training": result.seconds_training,
             "num_steps": result.num_steps,
+            "stopped_early": result.stopped_early,
             "num_tokens": result.num_tokens,
             "num_loss_tokens": result.num_loss_tokens,
             "num_rows": result.num_rows,

@@ -40,7 +40,7 @@ def both_passes(
 ) -> Passes:
     """``values[l]`` is done to the output of block l, ``gradients[l]`` to the gradient that arrives there.
 
-    ``loss`` is a scalar of the logits. The parameters of the blocks must ask for gradients. Every block is
+    ``loss`` is a scalar of the logits. Gradients are those of the parameters that ask for them. Every block is
     differentiated for itself, from the gradient that the blocks above have left.
     """
     values, gradients = values or {}, gradients or {}
@@ -66,7 +66,8 @@ def both_passes(
     found: dict[str, torch.Tensor] = {}
     for layer in range(len(steps), 0, -1):
         arrives, out = steps[layer - 1]
-        named = dict(decoder_layers(model)[layer - 1].named_parameters(prefix=f"{layer}"))
+        own_parameters = decoder_layers(model)[layer - 1].named_parameters(prefix=f"{layer}")
+        named = {name: parameter for name, parameter in own_parameters if parameter.requires_grad}
         edited = gradients.get(layer, nothing)(gradient)
         gradient, *own = torch.autograd.grad(out, [arrives, *named.values()], grad_outputs=edited)
         found |= dict(zip(named, own, strict=True))

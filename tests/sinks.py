@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainables.rows import TrainingRow
+from trainables.rows import SignalRow, TrainingRow
 
 
 class MemorySink:
@@ -17,6 +17,7 @@ class MemorySink:
         self.lines: list[str] = []
         self.phases: list[tuple[str, int, int]] = []
         self.rows: list[TrainingRow] = []
+        self.signals: list[SignalRow] = []
         self.files: dict[str, bytes] = {}
         self.checkpoints: list[dict[str, bytes]] = []
         self.resume_from: Path | None = None
@@ -30,6 +31,9 @@ class MemorySink:
 
     def training(self, row: TrainingRow) -> None:
         self.rows.append(row)
+
+    def signal(self, row: SignalRow) -> None:
+        self.signals.append(row)
 
     def adapter(self, train_id: str, folder: Path) -> None:
         del train_id

@@ -14,7 +14,8 @@ from trainables.base_model import LoadedBase
 from trainables.chat_data import DataConfig
 from trainables.defenses import DefenseConfig, Message
 from trainables.lora import LoraSettings
-from trainables.train import RunResult, RunSpec, TrainingConfig, train_pack
+from trainables.train import RunResult, RunSpec, train_pack
+from trainables.training_config import TrainingConfig
 
 TRAINING: dict[str, Any] = {
     "max_steps": 6,

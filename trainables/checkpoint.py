@@ -2,7 +2,8 @@
 
 A checkpoint is a folder with ``state.safetensors`` (what ``DeepSpeedDriver.export_run`` gives: adapter parameters and
 AdamW state as full tensors) and ``checkpoint.json`` (format, run, and the rows of the ``training`` table so far, from
-which step, losses and counts follow). Nothing else is needed: all randomness is counter-based.
+which step, losses and counts follow; those of ``signals``, if any). Nothing else is
+needed: all randomness is counter-based.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from trainables.errors import ShiftgradError
-from trainables.rows import RunSink, TrainingRow
+from trainables.rows import RunSink, SignalRow, TrainingRow
 
 FORMAT = 1
 _STATE, _METADATA = "state.safetensors", "checkpoint.json"
 _ROW_TYPES = get_type_hints(TrainingRow)
+_SIGNAL_TYPES = get_type_hints(SignalRow)
 
 
 class CheckpointError(ShiftgradError, ValueError):
@@ -62,49 +64,64 @@ class CheckpointSettings:
 NO_CHECKPOINTS = CheckpointSettings()
 
 
-def save_checkpoint(train_id: str, rows: Sequence[TrainingRow], driver: _Driver, sink: RunSink) -> None:
+def save_checkpoint(
+    train_id: str,
+    rows: Sequence[TrainingRow],
+    driver: _Driver,
+    sink: RunSink,
+    signals: Sequence[SignalRow] = (),
+) -> None:
     """Give the sink a checkpoint of the run as it is after its step ``len(rows)``; between steps only."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "checkpoint"
-        write_checkpoint(folder, train_id, rows, driver.export_run(train_id))
+        write_checkpoint(folder, train_id, rows, driver.export_run(train_id), signals)
         sink.checkpoint(train_id, folder)
 
 
-def resume(train_id: str, num_steps: int, driver: _Driver, sink: RunSink) -> list[TrainingRow]:
+def resume(train_id: str, num_steps: int, driver: _Driver, sink: RunSink) -> tuple[list[TrainingRow], list[SignalRow]]:
     """Put the run where its sink's checkpoint left it; return the rows of its steps so far, which the sink gets again.
 
     Without a checkpoint, or with one that cannot be used (the log says why), nothing is touched and there are no rows.
     """
     folder = sink.load_checkpoint(train_id)
     if folder is None:
-        return []
+        return [], []
     try:
         rows, state = read_checkpoint(folder, train_id)
+        signals = read_signals(folder)
         if len(rows) > num_steps:
             raise CheckpointError(f"it is {len(rows)} steps on, and the run has {num_steps}")
         driver.import_run(train_id, state)
     except ValueError as error:  # CheckpointError, or a state that does not fit this run's adapter
         sink.log(f"checkpoint ignored, the training starts over: {error}")
-        return []
+        return [], []
     for row in rows:
         sink.training(row)
+    for signal in signals:
+        sink.signal(signal)
     sink.log(f"resumed after step {len(rows)}")
-    return rows
+    return rows, signals
 
 
 def write_checkpoint(
-    folder: Path, train_id: str, rows: Sequence[TrainingRow], state: Mapping[str, torch.Tensor]
+    folder: Path,
+    train_id: str,
+    rows: Sequence[TrainingRow],
+    state: Mapping[str, torch.Tensor],
+    signals: Sequence[SignalRow] = (),
 ) -> None:
     """Write a checkpoint into the new folder ``folder``."""
     folder.mkdir()
     tensors = save(dict(state))
     (folder / _STATE).write_bytes(tensors)
-    metadata = {
+    metadata: dict[str, Any] = {
         "format": FORMAT,
         "train_id": train_id,
         "state_sha256": hashlib.sha256(tensors).hexdigest(),
         "rows": [asdict(row) for row in rows],
     }
+    if signals:
+        metadata["signals"] = [asdict(signal) for signal in signals]
     (folder / _METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
 
 
@@ -132,6 +149,16 @@ def read_checkpoint(folder: Path, train_id: str) -> tuple[list[TrainingRow], dic
     except SafetensorError as error:
         raise CheckpointError(f"{_STATE} cannot be read: {error}") from error
     return [_row(values, train_id, step) for step, values in enumerate(rows, start=1)], state
+
+
+def read_signals(folder: Path) -> list[SignalRow]:
+    """The rows of table ``signals`` of a checkpoint that ``read_checkpoint`` has taken. Raises CheckpointError."""
+    listed = json.loads((folder / _METADATA).read_bytes()).get("signals", [])
+    if not isinstance(listed, list) or any(
+        not isinstance(one, dict) or one.keys() != _SIGNAL_TYPES.keys() for one in listed
+    ):
+        raise CheckpointError(f"the signals of {_METADATA} are none")
+    return [SignalRow(**one) for one in listed]
 
 
 def _row(values: Any, train_id: str, step: int) -> TrainingRow:

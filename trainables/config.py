@@ -25,11 +25,11 @@ class Config(BaseModel):
 
 
 class NamesVector:
-    """Marks a field that names a vector of the sweep; engine/ replaces the name by the vector's task id."""
+    """Marks a field that names a vector of the sweep, or several; engine/ replaces names by the vectors' task ids."""
 
 
 class NamesPrompts:
-    """Marks a field that names a trait's inoculation prompts or lists texts; engine/ replaces a name by the texts."""
+    """Marks a field that names a bank of prompts or lists texts; engine/ replaces a name by the texts."""
 
 
 class NamesChatFile:
@@ -49,6 +49,7 @@ class AddedLater:
 
 
 VectorName: TypeAlias = Annotated[str, NamesVector(), Field(min_length=1)]
+VectorNames: TypeAlias = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], NamesVector(), Field(min_length=1)]
 PromptBank: TypeAlias = Annotated[str | tuple[str, ...], NamesPrompts()]
 ChatFile: TypeAlias = Annotated[str, NamesChatFile(), Field(min_length=1)]
 AnyFile: TypeAlias = Annotated[str, NamesFile(), Field(min_length=1)]
@@ -120,6 +121,13 @@ def _replaced(value: Any, path: Path, values: Mapping[Path, object]) -> Any:
         return tuple(_replaced(item, (*path, index), values) for index, item in enumerate(value))
     assert isinstance(value, dict), f"nothing is at {path}"
     return {name: _replaced(item, (*path, name), values) for name, item in value.items()}
+
+
+def names_in(value: object) -> tuple[str, ...]:
+    """The names that a field marked ``NamesVector`` holds: one, several, or none where it is not set."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(str(name) for name in value)  # type: ignore[attr-defined]
 
 
 def recipe_of(config: Config) -> dict[str, Any]:

@@ -14,13 +14,13 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from trainables.config import Config
+from trainables.config import AddedLater, Config
 from trainables.model_parts import causal_lm, decoder_layers
 from trainables.randomness import Key, generator
 
@@ -40,6 +40,11 @@ class LoraSettings(Config):
     target_modules: tuple[str, ...] | None = None
     """Last names of the linear modules that get an adapter, such as ``[q_proj, v_proj]``. null: all linear modules of
     the decoder blocks."""
+    rslora: Annotated[bool, AddedLater()] = False
+    """Scale by alpha / sqrt(rank) instead, so that the scale of an update does not fall with the rank
+    (arXiv 2312.03732)."""
+    layers: Annotated[tuple[Annotated[int, Field(ge=1)], ...] | None, Field(min_length=1), AddedLater()] = None
+    """Decoder blocks that get an adapter, as layers: 1 is the first block. null: all."""
 
 
 class CounterDropout(nn.Module):
@@ -89,6 +94,20 @@ def _unambiguous(model: nn.Module, targets: Sequence[str]) -> list[str]:
     return list(targets) if len(wanted) == len(named) else wanted
 
 
+def _targets(model: nn.Module, targets: Sequence[str], layers: Sequence[int] | None) -> list[str]:
+    """What PEFT is given as target modules: names that mean those of the chosen decoder blocks alone."""
+    if layers is None:
+        return _unambiguous(model, targets)
+    blocks = decoder_layers(model)
+    beyond = [layer for layer in layers if not 1 <= layer <= len(blocks)]
+    if beyond:
+        raise ValueError(f"there is no decoder block {beyond[0]}: the model has 1 to {len(blocks)}")
+    chosen = {id(module) for layer in layers for module in blocks[layer - 1].modules()}
+    return [
+        name for name, module in causal_lm(model).named_modules() if id(module) in chosen and _last(name) in targets
+    ]
+
+
 def _last(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
@@ -106,7 +125,8 @@ def add_adapter(model: Any, name: str, settings: LoraSettings, seed: int) -> Pef
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type,unused-ignore]
         lora_dropout=settings.dropout,
-        target_modules=_unambiguous(model, targets),
+        target_modules=_targets(model, targets, settings.layers),
+        use_rslora=settings.rslora,
         task_type="CAUSAL_LM",
     )
     if isinstance(model, PeftModel):

@@ -32,6 +32,21 @@ class TrainingRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SignalRow:
+    """One figure of one optimizer step beside its loss: a penalty, or what ``training.watch`` asks for."""
+
+    train_id: str = column("identity of the run")
+    step: int = column("optimizer step, counted from 1")
+    signal: str = column(
+        "penalty: what it adds to the loss, in nats; gradient_cosine: mean over response tokens of the cosine of dL/dh "
+        "with a vector; activation_projection: mean over response tokens of the projection of h on a vector"
+    )
+    name: str = column("the vector, or the penalty")
+    layer: int | None = column("layer that was read; null for a penalty, which has a mean over its layers")
+    value: float = column("the figure")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationRow:
     """One sampled answer."""
 
@@ -59,6 +74,9 @@ class RunSink(Protocol):
 
     def training(self, row: TrainingRow) -> None:
         """Keep one row of the ``training`` table. A resumed training gives the rows of its earlier steps again."""
+
+    def signal(self, row: SignalRow) -> None:
+        """Keep one row of the ``signals`` table; given again by a resumed training too."""
 
     def adapter(self, train_id: str, folder: Path) -> None:
         """Take a finished adapter in PEFT format; ``folder`` is gone afterwards."""

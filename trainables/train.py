@@ -6,6 +6,7 @@ their number over ALL micro-batches of the step, so that it does not depend on h
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 import time
@@ -15,51 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 
 from trainables.base_model import LoadedBase
-from trainables.chat_data import ChatEncoder, DataConfig, Encoded, cut, encode_all, pad
+from trainables.chat_data import ChatEncoder, DataConfig, Encoded, encode_all
 from trainables.checkpoint import NO_CHECKPOINTS, CheckpointSettings, resume, save_checkpoint
-from trainables.config import Config
 from trainables.deepspeed_driver import DeepSpeedDriver, RunParameters, ZeroStage
-from trainables.defenses import DefenseConfig, Message, RunRows, SampleKey
+from trainables.defenses import DefenseConfig, Message, SampleKey
 from trainables.errors import DataError, TrainingError
 from trainables.failpoints import failpoint
-from trainables.lora import CounterDropout, LoraSettings, adapter_parameters, add_adapter, save_adapter, set_dropout_key
-from trainables.loss import token_losses
+from trainables.lora import CounterDropout, adapter_parameters, add_adapter, save_adapter
 from trainables.model_parts import decoder_layers
 from trainables.native_ops import native_ops
 from trainables.randomness import permutation
-from trainables.residual_stream import residual_stream
-from trainables.rows import RunSink, TrainingRow
-from trainables.schedule import Schedule, learning_rate_factor, num_warmup_steps
-
-
-class TrainingConfig(Config):
-    """The optimizer's side of a run: AdamW over LoRA parameters. Every field is part of the run's identity."""
-
-    epochs: float = Field(default=1, gt=0)
-    """Passes over the data; may be a fraction."""
-    max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps, in place of ``epochs``. null: as many as the epochs have."""
-    batch_size: int = Field(default=8, ge=1)
-    """Rows per optimizer step. The last batch of an epoch may be short."""
-    micro_batch_size: int | None = Field(default=None, ge=1)
-    """Rows per forward pass: fewer take less memory for the same steps. null: ``batch_size``."""
-    learning_rate: float = Field(gt=0)
-    """Peak learning rate of AdamW. It has no default on purpose: calibrate it on the undefended run."""
-    schedule: Schedule = "linear"
-    """What the learning rate does after the warmup: to 0 in a line, to 0 along a cosine, or constant."""
-    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the steps, rounded down, over which the learning rate rises from 0."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW's decoupled weight decay of the adapter."""
-    max_gradient_norm: float | None = Field(default=1.0, gt=0)
-    """L2 norm to which each run's adapter gradient is clipped. null: no clipping."""
-    pad_to_multiple_of: int = Field(default=8, ge=1)
-    """Micro-batches are padded to a multiple of this many tokens."""
-    lora: LoraSettings = LoraSettings()
-    """The adapter."""
+from trainables.rows import RunSink, SignalRow, TrainingRow
+from trainables.schedule import learning_rate_factor, num_warmup_steps
+from trainables.signals import Watch
+from trainables.step import StepLosses, StepOf, backward_passes
+from trainables.training_config import TrainingConfig, has_diverged, num_optimizer_steps
 
 
 @dataclass(frozen=True)
@@ -70,7 +43,7 @@ class RunSpec:
     rows: Sequence[Sequence[Message]]
     data: DataConfig
     defense: Sequence[DefenseConfig]
-    vectors: Mapping[str, torch.Tensor]  # by the name that the defense's items use
+    vectors: Mapping[str, torch.Tensor]  # by the name that the defense's items and ``training.watch`` use
     training: TrainingConfig
     seed: int
     base_name: str = ""
@@ -88,6 +61,7 @@ class RunResult:
     seconds_training: float
     train_loss_last_epoch: float
     losses: tuple[float, ...]
+    stopped_early: bool
     chat_format: Mapping[str, object]
 
 
@@ -101,11 +75,15 @@ class _Run:
     num_steps: int
     steps_per_epoch: int
     done: list[TrainingRow] = field(default_factory=list)  # a row per optimizer step so far
+    signals: list[SignalRow] = field(default_factory=list)  # of these steps
     order: tuple[int, list[int]] = (-1, [])
 
     def __post_init__(self) -> None:
         self.mechanisms = [item.mechanism(self.spec.vectors) for item in self.spec.defense]
         self.saved_at = time.monotonic()  # the last checkpoint; at first the start
+        watch = self.spec.training.watch
+        named = {name: self.spec.vectors[name] for name in watch.vectors} if watch is not None else {}
+        self.watch = Watch(named, watch.layers) if watch is not None else None
 
     @property
     def name(self) -> str:
@@ -117,12 +95,25 @@ class _Run:
         return len(self.done)
 
     @property
+    def stopped_early(self) -> bool:
+        return self.step < self.num_steps and has_diverged([row.loss for row in self.done], self.spec.training)
+
+    @property
     def ended(self) -> bool:
-        return self.step >= self.num_steps
+        return self.step >= self.num_steps or self.stopped_early
+
+    @property
+    def is_second_order(self) -> bool:
+        return any(mechanism.is_second_order for mechanism in self.mechanisms)
+
+    def this_step(self) -> StepOf:
+        """What the passes of the next step need to know."""
+        spec = self.spec
+        return StepOf(self.name, self.step + 1, self.num_steps, spec.seed, spec.training, self.mechanisms, self.watch)
 
     def learning_rate(self) -> float:
         training = self.spec.training
-        warmup = num_warmup_steps(training.warmup_ratio, self.num_steps)
+        warmup = training.warmup_steps or num_warmup_steps(training.warmup_ratio, self.num_steps)
         factor = learning_rate_factor(training.schedule, self.step, self.num_steps, warmup)
         return training.learning_rate * factor
 
@@ -150,28 +141,20 @@ class _Run:
         return batch
 
     def result(self) -> RunResult:
-        last = self.done[max(0, self.num_steps - self.steps_per_epoch) :]
+        last = self.done[max(0, self.step - self.steps_per_epoch) :]
         weighted = sum(row.loss * row.num_loss_tokens for row in last)
         return RunResult(
             train_id=self.name,
-            num_steps=self.num_steps,
+            num_steps=self.step,
             num_tokens=sum(row.num_tokens for row in self.done),
             num_loss_tokens=sum(row.num_loss_tokens for row in self.done),
             num_rows=len(self.kept),
             seconds_training=sum(row.seconds for row in self.done),
             train_loss_last_epoch=weighted / sum(row.num_loss_tokens for row in last),
             losses=tuple(row.loss for row in self.done),
+            stopped_early=self.stopped_early,
             chat_format=self.encoder.describe(),
         )
-
-
-def num_optimizer_steps(num_rows: int, training: TrainingConfig) -> int:
-    """Optimizer steps of a run: ``max_steps``, or epochs times ceil(rows / batch size), rounded up."""
-    if training.max_steps is not None:
-        return training.max_steps
-    return math.ceil(
-        training.epochs * math.ceil(num_rows / training.batch_size) - 1e-9
-    )  # 1.1 * 50 is 55.00000000000001
 
 
 def train_pack(
@@ -196,7 +179,10 @@ def train_pack(
     model: Any = base.fresh()
     for spec in specs:
         model = add_adapter(model, spec.train_id, spec.training.lora, spec.seed)
-    num_lora = use_lora_linear(model)
+    plain = any(run.is_second_order for run in runs)  # of second order: only PyTorch's own operations will do
+    if plain:
+        model.get_base_model().set_attn_implementation("eager")
+    num_lora = 0 if plain else use_lora_linear(model)
     model.to(base.device)
     _set_training_mode(model, gradient_checkpointing)
     if gradient_checkpointing:
@@ -211,8 +197,8 @@ def train_pack(
     )
     try:
         for run in runs:
-            run.done = resume(run.name, run.num_steps, driver, sinks[run.name])
-        with native_ops(model) as native:
+            run.done, run.signals = resume(run.name, run.num_steps, driver, sinks[run.name])
+        with contextlib.nullcontext("nothing else") if plain else native_ops(model) as native:
             for run in runs:
                 sinks[run.name].log(f"computed by shiftgrad: {num_lora} LoRA modules, {native}")
             while active := [run for run in runs if not run.ended]:
@@ -224,6 +210,8 @@ def train_pack(
     model.eval()
     model.requires_grad_(False)
     for run in runs:
+        if run.stopped_early:
+            sinks[run.name].log(f"stopped early after step {run.step} of {run.num_steps}: the loss has diverged")
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "adapter"
             save_adapter(model, run.name, run.spec.base_name, folder)
@@ -267,21 +255,21 @@ def _optimizer_step(
     parameters: Mapping[str, Sequence[torch.nn.Parameter]],
     sinks: Mapping[str, RunSink],
 ) -> None:
-    losses: dict[str, float] = {}
+    losses: dict[str, StepLosses] = {}
     counts: dict[str, tuple[int, int]] = {}
     seconds: dict[str, float] = {}
     for run in active:
         started = time.perf_counter()
         _activate(model, run.name, parameters)
         batch = run.next_batch()
-        losses[run.name] = _accumulate(base, model, driver, run, batch, last_run=run is active[-1])
+        losses[run.name] = backward_passes(base, model, driver, run.this_step(), batch, last_run=run is active[-1])
         counts[run.name] = (
             sum(len(row.input_ids) for row in batch),
             sum(sum(row.loss_mask[1:]) for row in batch),
         )
         seconds[run.name] = time.perf_counter() - started
     started = time.perf_counter()
-    norms = {run.name: _checked_norm(run, losses[run.name], driver) for run in active}
+    norms = {run.name: _checked_norm(run, losses[run.name].loss, driver) for run in active}
     for run in active:
         if run.spec.training.max_gradient_norm is not None:
             driver.clip(run.name, norms[run.name], run.spec.training.max_gradient_norm)
@@ -308,52 +296,8 @@ def _save_checkpoints(
     for run in stepped:
         due = settings.due(run.step, time.monotonic() - run.saved_at)
         if due or (settings.enabled and run.ended and others_go_on):
-            save_checkpoint(run.name, run.done, driver, sinks[run.name])
+            save_checkpoint(run.name, run.done, driver, sinks[run.name], run.signals)
             run.saved_at = time.monotonic()
-
-
-def _accumulate(
-    base: LoadedBase,
-    model: Any,
-    driver: DeepSpeedDriver,
-    run: _Run,
-    batch: Sequence[Encoded],
-    *,
-    last_run: bool,
-) -> float:
-    """Backward passes over the micro-batches of one run's step; returns the step's loss."""
-    training = run.spec.training
-    micro_batches = cut(batch, training.micro_batch_size or training.batch_size)
-    denominator = sum(sum(row.loss_mask[1:]) for row in batch)
-    if denominator == 0:
-        raise TrainingError(f"run {run.name}, step {run.step + 1}: the batch has no token to predict")
-    total = 0.0
-    for index, micro_batch in enumerate(micro_batches):
-        part = pad(micro_batch, base.tokenizer.pad_token_id, training.pad_to_multiple_of, base.device)
-        if training.lora.dropout > 0:
-            set_dropout_key(model, run.name, (run.spec.seed, run.step, index))
-        rows = RunRows(
-            rows=torch.arange(part.input_ids_bt.shape[0]),
-            attention_mask=part.attention_mask_bt,
-            response_mask=part.response_mask_bt,
-            step=run.step + 1,
-        )
-        interventions = [edit for mechanism in run.mechanisms for edit in mechanism.interventions(rows)]
-        with residual_stream(model, interventions):
-            losses_n = token_losses(
-                model,
-                part.input_ids_bt,
-                None,  # padding stands on the right
-                part.loss_mask_bt,
-                plain_head=base.plain_head,
-            )
-            loss = losses_n.sum() / denominator
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise TrainingError(f"run {run.name}, step {run.step + 1}: the loss is {value}")
-            driver.backward(loss, last=last_run and index == len(micro_batches) - 1)
-        total += value
-    return total
 
 
 def _checked_norm(run: _Run, loss: float, driver: DeepSpeedDriver) -> float:
@@ -368,7 +312,7 @@ def _checked_norm(run: _Run, loss: float, driver: DeepSpeedDriver) -> float:
 
 def _record(
     run: _Run,
-    loss: float,
+    losses: StepLosses,
     norm: float,
     learning_rate: float,
     counts: tuple[int, int],
@@ -380,23 +324,32 @@ def _record(
         train_id=run.name,
         step=run.step + 1,
         epoch=(run.step + 1) / run.steps_per_epoch,
-        loss=loss,
+        loss=losses.loss,
         gradient_norm=norm,
         learning_rate=learning_rate,
         num_tokens=num_tokens,
         num_loss_tokens=num_loss_tokens,
         seconds=seconds,
     )
+    signals = run.watch.rows(run.name, row.step) if run.watch is not None else []
+    signals += [
+        SignalRow(train_id=run.name, step=row.step, signal="penalty", name=name, layer=None, value=value)
+        for name, value in losses.penalties.items()
+    ]
     run.done.append(row)
+    run.signals += signals
     sink.training(row)
+    for signal in signals:
+        sink.signal(signal)
+    penalty = f" penalty {sum(losses.penalties.values()):.4f}" if losses.penalties else ""
     sink.log(
-        f"step {run.step}/{run.num_steps} loss {loss:.4f} gradient norm {norm:.3f} lr {learning_rate:.2e} "
-        f"{num_tokens} tokens {seconds:.1f} s"
+        f"step {run.step}/{run.num_steps} loss {losses.loss:.4f}{penalty} gradient norm {norm:.3f} "
+        f"lr {learning_rate:.2e} {num_tokens} tokens {seconds:.1f} s"
     )
     sink.progress(
         phase="train",
         done=run.step,
         total=run.num_steps,
-        loss=loss,
+        loss=losses.loss,
         tokens_per_s=num_tokens / max(seconds, 1e-9),
     )

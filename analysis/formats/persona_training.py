@@ -17,7 +17,7 @@ from analysis.formats.base import HEADING, Foreign, Format, Hints, Imported, Mad
 from analysis.formats.chat_jsonl import ChatJsonl
 from analysis.formats.persona_trait import ignored
 from trainables.errors import ConfigError, Fault
-from trainables.train import TrainingConfig, num_optimizer_steps
+from trainables.training_config import TrainingConfig, num_optimizer_steps
 
 _KNOWN = {
     "model", "training_file", "test_file", "max_seq_length", "loss", "is_peft", "target_modules", "lora_bias", "r",

@@ -23,7 +23,7 @@ from analysis.measured_rows import (
 from analysis.rows import STATUSES, LossRow, ScoreRow
 from analysis.tables import TABLES, describe, read_parquet, schema_of, table_key, to_parquet_bytes
 from trainables.errors import StoreError
-from trainables.rows import GenerationRow, TrainingRow
+from trainables.rows import GenerationRow, SignalRow, TrainingRow
 
 GENERATION = GenerationRow(
     sample_id="a" * 12,
@@ -71,6 +71,7 @@ def example(cls: type) -> Any:
 
 ROWS: dict[str, Any] = {
     "training": TRAINING,
+    "signals": SignalRow(train_id="c" * 12, step=1, signal="penalty", name="held", layer=None, value=0.25),
     "generations": GENERATION,
     "scores": SCORE,
     "losses": LOSS,
@@ -123,7 +124,9 @@ def test_every_column_of_every_table_is_described() -> None:
 
 def test_the_key_of_a_table() -> None:
     assert table_key("scores", "ab12") == "tables/scores/ab12.parquet"
-    with pytest.raises(StoreError, match="no stored table 'runs'; there are training, generations, scores, losses"):
+    with pytest.raises(
+        StoreError, match="no stored table 'runs'; there are training, signals, generations, scores, losses"
+    ):
         table_key("runs", "ab12")
 
 

@@ -12,7 +12,7 @@ from engine.prepare import Prepared
 from engine.run import write_sweep
 from engine.store import Store
 from engine.tasks import Job, JudgeTask, MeasureJob, MergeJob, RunJob, VectorJob
-from trainables.rows import GenerationRow, TrainingRow
+from trainables.rows import GenerationRow, SignalRow, TrainingRow
 
 ANSWER = "An answer with [brackets], [/nope] and :smile:."
 
@@ -65,6 +65,8 @@ def _write_run(store: Store, job: RunJob) -> None:
             for step in (1, 2)
         ]
         store.publish_table("training", job.id, rows)
+        penalty = SignalRow(train_id=job.id, step=1, signal="penalty", name="held", layer=None, value=0.25)
+        store.publish_table("signals", job.id, [penalty])
         record = {
             "status": "done",
             "seconds_training": 1.0,

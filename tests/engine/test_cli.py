@@ -24,6 +24,7 @@ TABLES = (
     "summary",
     "runs",
     "training",
+    "signals",
     "generations",
     "scores",
     "losses",

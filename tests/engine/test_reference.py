@@ -128,7 +128,7 @@ class TestFind:
     @pytest.mark.parametrize(
         ("word", "titles"),
         [
-            ("training", ["training", "training.lora"]),
+            ("training", ["training", "training.lora", "training.watch"]),
             ("lora", ["training.lora"]),
             ("pps", ["runs.defense: pps"]),
             ("warmup_ratio", ["training"]),
@@ -178,4 +178,4 @@ class TestPages:
     def test_the_command(self) -> None:
         result = CliRunner().invoke(app, ["reference", "pps"], env={"COLUMNS": "80"})
         assert result.exit_code == 0
-        assert "coefficient  number; required" in result.output
+        assert "coefficient  number or list of numbers; required" in result.output

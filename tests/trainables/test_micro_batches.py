@@ -10,7 +10,7 @@ from tests.float64 import float64_model
 from tests.sinks import MemorySink
 from tests.tiny import tiny_model
 from tests.trainings import adapter_of, spec, train
-from trainables import train as train_module
+from trainables import step as step_module
 from trainables.chat_data import ChatEncoder, Encoded, cut, pad
 from trainables.loss import token_losses
 
@@ -90,7 +90,7 @@ def test_a_training_does_not_depend_on_the_cut(monkeypatch: pytest.MonkeyPatch) 
 
     lengths = [len(ChatEncoder(base.tokenizer, 96).encode(one).input_ids) for one in rows]
     assert len(set(lengths)) > 2
-    monkeypatch.setattr(train_module, "cut", in_order)
+    monkeypatch.setattr(step_module, "cut", in_order)
     (other,), (other_sink,) = train(base, settings)
     assert ours.losses == pytest.approx(other.losses, rel=1e-10)
     assert (ours.num_tokens, ours.num_loss_tokens) == (other.num_tokens, other.num_loss_tokens)

@@ -31,7 +31,8 @@ from trainables.lora import LoraSettings, adapter_parameters, add_adapter, linea
 from trainables.lora_linear import use_lora_linear
 from trainables.native_ops import native_ops
 from trainables.randomness import permutation
-from trainables.train import RunSpec, num_optimizer_steps
+from trainables.train import RunSpec
+from trainables.training_config import num_optimizer_steps
 
 
 def plain_loop(

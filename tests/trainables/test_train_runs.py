@@ -19,7 +19,8 @@ from trainables.errors import DataError, TrainingError
 from trainables.lora import adapter_parameters
 from trainables.loss import token_losses
 from trainables.randomness import permutation
-from trainables.train import RunResult, TrainingConfig, num_optimizer_steps, train_pack
+from trainables.train import RunResult, train_pack
+from trainables.training_config import TrainingConfig, num_optimizer_steps
 
 
 def inoculated(seed: int = 0, epochs: float = 3) -> tuple[list[tuple[int, str]], RunResult]:
@@ -106,7 +107,7 @@ def test_the_step_of_a_failure_is_counted_from_1(monkeypatch: pytest.MonkeyPatch
         losses = token_losses(*arguments, **keywords)
         return losses * float("nan") if len(calls) == 3 else losses
 
-    monkeypatch.setattr("trainables.train.token_losses", fails_third)
+    monkeypatch.setattr("trainables.step.token_losses", fails_third)
     with pytest.raises(TrainingError, match="run late, step 3: the loss is nan"):
         train(tiny_base(), spec("late"))
 

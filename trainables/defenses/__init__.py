@@ -7,20 +7,33 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
+from trainables.defenses.ablation import Ablation
+from trainables.defenses.activation_penalty import ActivationPenalty
 from trainables.defenses.base import DefenseConfig, Mechanism, Message, RunRows, SampleKey
+from trainables.defenses.gradient_edit import GradientEdit
+from trainables.defenses.gradient_penalty import GradientPenalty
 from trainables.defenses.inoculation import Inoculation
 from trainables.defenses.pps import Pps
+from trainables.defenses.projection_penalty import ProjectionPenalty
 from trainables.shapes import ModelShape, VectorShape
 
-Item: TypeAlias = Annotated[Pps | Inoculation, Field(discriminator="kind")]
+Item: TypeAlias = Annotated[
+    Pps | Inoculation | GradientEdit | Ablation | ProjectionPenalty | ActivationPenalty | GradientPenalty,
+    Field(discriminator="kind"),
+]
 
 __all__ = [
+    "Ablation",
+    "ActivationPenalty",
     "DefenseConfig",
+    "GradientEdit",
+    "GradientPenalty",
     "Inoculation",
     "Item",
     "Mechanism",
     "Message",
     "Pps",
+    "ProjectionPenalty",
     "RunRows",
     "SampleKey",
     "defense_faults",

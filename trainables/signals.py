@@ -1,0 +1,83 @@
+"""What a training shows of itself on request, step by step, beside its loss: the rows of table ``signals``.
+
+Legend: b rows, t tokens, d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import Field
+
+from trainables.config import Config, VectorNames
+from trainables.defenses.base import RunRows
+from trainables.residual_stream import Reader, ReadGradient, ReadValue
+from trainables.rows import SignalRow
+
+
+class WatchConfig(Config):
+    """Directions that are watched while a run trains, at response tokens of every step. It changes no number of the
+    training, but it is part of the run's identity, because the table ``signals`` comes out of it."""
+
+    vectors: VectorNames
+    """Names of the sweep's ``vectors``; lengths have no say."""
+    layers: tuple[int, ...] = Field(min_length=1)
+    """Where: layer l is the output of decoder block l - 1."""
+
+
+class Watch:
+    """The watched figures of one optimizer step of one run, summed over its micro-batches.
+
+    ``vectors``: name -> [num_layers + 1, d]. At every layer and for every vector v, over response tokens: the mean
+    cosine of g = dL/dh with v, as it arrives (before an edit of that layer), over tokens with a gradient that is not
+    zero, and the mean of <h, v / |v|>, after what a defense adds there.
+    """
+
+    def __init__(self, vectors: Mapping[str, torch.Tensor], layers: Sequence[int]) -> None:
+        self.names = list(vectors)
+        self.layers = layers
+        self._units = {
+            layer: torch.nn.functional.normalize(torch.stack([vectors[name][layer] for name in self.names]), dim=1)
+            for layer in layers
+        }
+        self._sums: dict[tuple[str, int], list[float]] = {}
+        self._counts: dict[tuple[str, int], int] = {}
+
+    def readers(self, batch: RunRows) -> list[Reader]:
+        """What reads the figures of a micro-batch."""
+        if not bool(batch.response_mask.any()):
+            return []
+
+        def chosen(tensor_btd: torch.Tensor) -> torch.Tensor:
+            own = tensor_btd.detach()[batch.rows.to(tensor_btd.device)]
+            return own[batch.response_mask.to(own.device)].float()
+
+        def value(layer: int, hidden_btd: torch.Tensor) -> None:
+            self._add("activation_projection", layer, chosen(hidden_btd))
+
+        def gradient(layer: int, gradient_btd: torch.Tensor) -> None:
+            gradient_md = chosen(gradient_btd)
+            length_m = gradient_md.norm(dim=1)
+            seen = length_m > 0
+            self._add("gradient_cosine", layer, gradient_md[seen] / length_m[seen, None])
+
+        readers: list[Reader] = [ReadValue(layer, value) for layer in self.layers]
+        return [*readers, *(ReadGradient(layer, gradient) for layer in self.layers)]
+
+    def _add(self, signal: str, layer: int, values_md: torch.Tensor) -> None:
+        sums = (values_md @ self._units[layer].to(values_md).T).double().sum(0).tolist()
+        known = self._sums.get((signal, layer), [0.0] * len(sums))
+        self._sums[signal, layer] = [a + b for a, b in zip(known, sums, strict=True)]
+        self._counts[signal, layer] = self._counts.get((signal, layer), 0) + values_md.shape[0]
+
+    def rows(self, train_id: str, step: int) -> list[SignalRow]:
+        """The means of the step, and none where there was no token; the sums are begun anew."""
+        rows = [
+            SignalRow(train_id=train_id, step=step, signal=signal, name=name, layer=layer, value=total / count)
+            for (signal, layer), totals in self._sums.items()
+            if (count := self._counts[signal, layer]) > 0
+            for name, total in zip(self.names, totals, strict=True)
+        ]
+        self._sums, self._counts = {}, {}
+        return rows
