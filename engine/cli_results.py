@@ -17,8 +17,8 @@ def table(
     name: Annotated[
         str,
         typer.Argument(
-            help="summary, runs, training, generations, scores, losses, measurements, agreement, extractions, "
-            "failures, or what measurements make: gradients, similarities, projections, components, "
+            help="summary, runs, training, signals, generations, scores, losses, measurements, agreement, "
+            "extractions, failures, or what measurements make: gradients, similarities, projections, components, "
             "component_scores, activation_changes, predictions"
         ),
     ],
