@@ -19,6 +19,7 @@ from analysis.vectors.difference_of_prompts import (
 )
 from analysis.vectors.extraction import ExtractedVector, Extraction
 from analysis.vectors.filtering import Answer, Filter, Pair, Score, filtered
+from analysis.vectors.mean_of_data import Mean, MeanVector
 from analysis.vectors.random_vector import RandomVector, random_like
 from analysis.vectors.vector import FINAL_ROWS, TENSOR, Vector, read_vector_header
 from analysis.vectors.vector_file import FileVector
@@ -30,6 +31,7 @@ _Kinds: TypeAlias = (
     | Annotated[PromptDifferenceVector, Tag("PromptDifferenceVector")]
     | Annotated[CombinedVector, Tag("CombinedVector")]
     | Annotated[ExtractedVector, Tag("ExtractedVector")]
+    | Annotated[MeanVector, Tag("MeanVector")]
 )
 
 VECTOR_KINDS: dict[str, type[VectorKind]] = {
@@ -69,6 +71,8 @@ __all__ = [
     "FileVector",
     "Filter",
     "Making",
+    "Mean",
+    "MeanVector",
     "Pair",
     "Part",
     "PromptDifference",

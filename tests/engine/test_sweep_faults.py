@@ -126,9 +126,9 @@ class TestMissing:
         faults = files.faults(minimal(runs=[{"defense": {"kind": "pps"}}, {"defense": [PPS, {"layer": 3}]}]))
         assert faults == {
             "runs[0].defense.vector": "missing, and it has no default",
-            "runs[0].defense.layer": "missing, and it has no default",
             "runs[0].defense.coefficient": "missing, and it has no default",
-            "runs[1].defense[1].kind": "missing; allowed: pps, inoculation",
+            "runs[1].defense[1].kind": "missing; allowed: pps, inoculation, gradient_edit, ablation, "
+            "projection_penalty, activation_penalty, gradient_penalty",
         }
 
     def test_a_section_of_the_wrong_type_is_one_fault(self, files: Files) -> None:
