@@ -264,3 +264,10 @@ def test_checks_of_others_can_be_added(files: Files) -> None:
     assert list(sweep.vectors) == ["bridge", "random"]
     assert [fault.key for fault in faults] == ["vectors.bad", "runs[1].defense.layer"]
     assert sweep.key(0, "seed") == "runs[0].seed"
+
+
+@pytest.mark.parametrize("path", sorted(QUICKSTART.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_project_s_own_sweeps_have_no_fault_in_them(path: Path) -> None:
+    sweep = load_sweep(path)
+    assert sweep.cells
+    assert sweep.name == path.stem
