@@ -133,10 +133,12 @@ class Sources:
         return value
 
     def prompt_bank(self, name: str, key: str) -> tuple[str, ...] | None:
-        """The prompts that the user calls ``name``: those of a trait or, where there is no such trait, of a file."""
+        """The prompts that the user calls ``name``: those of a trait or, where there is no such trait, of a file (of a
+        name that ends in .txt always)."""
+        is_trait = not name.endswith(".txt") and find_trait(name, self.folder) is not None
 
         def look() -> tuple[tuple[str, ...] | None, list[Fault]]:
-            path = find_bank(name, self.folder) if find_trait(name, self.folder) is None else None
+            path = find_bank(name, self.folder) if not is_trait else None
             if path is None:
                 return None, []
             try:
@@ -149,7 +151,7 @@ class Sources:
         texts: tuple[str, ...] | None = self._once("bank", name, key, look)
         if texts is not None or self._found["bank", name][1]:
             return texts
-        if find_trait(name, self.folder) is None:
+        if not is_trait:
             banks = ", ".join(str(place) for place in bank_places(name, self.folder))
             traits = places_looked(name, self.folder, trait=True)
             message = f"no trait {name!r} and no bank of that name; looked at {traits}, {banks}"
