@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from analysis.results import load
+from engine.run import write_sweep
+from engine.store import Store
 from engine.tasks import RunJob, TrainTask
+from engine.work import SweepWork
 from tests.engine.tiny_prepare import TinySweep, tiny_model_folder
 from trainables.defenses import Ablation, Inoculation
 
@@ -79,3 +83,33 @@ def test_faults_of_what_is_watched_and_of_adapted_blocks(sweep: TinySweep) -> No
     assert faults["training.watch.layers"].startswith("layer 9 does not exist")
     assert faults["training.watch"].startswith("gradients cannot be watched")
     assert faults["training.lora.layers"] == "there is no decoder block 5; the model has 1 to 4"
+
+
+def test_a_trial_leaves_penalties_and_what_was_watched_under_the_names_of_the_sweep(sweep: TinySweep) -> None:
+    sweep.raw["vectors"]["middle"] = {"mean": {"data": "data/negative.jsonl"}}
+    sweep.raw["runs"] = [
+        {
+            "defense": [
+                {"kind": "gradient_edit", "vector": "random", "mode": "attenuate"},
+                {"kind": "activation_penalty", "mean": "middle", "strength": 0.001},
+            ]
+        }
+    ]
+    sweep.raw["training"]["watch"] = {"vectors": ["topic"], "layers": [2]}
+    prepared = sweep.prepare("training.max_steps=2", "evaluation.samples=1", "evaluation.max_new_tokens=2")
+    store = Store.open(sweep.folder / "store", create=True)
+    write_sweep(prepared, store)
+    work = SweepWork(
+        store=store, jobs=dict(prepared.jobs), device="cpu", threads=1, zero_stage=0, gradient_checkpointing=False
+    )
+    for job_id in prepared.jobs:
+        work.run(job_id, lambda **_: None)
+    results = load(sweep.folder / "store" / "sweeps" / "tiny")
+    found = results.signals()
+    assert list(found["name"].unique()) == ["topic", "activation penalty middle x0.001"]
+    assert set(found["signal"]) == {"activation_projection", "gradient_cosine", "penalty"}
+    assert list(found["step"].unique()) == [1, 2]
+    assert (found.loc[found["signal"] == "penalty", "value"] > 0).all()
+    assert found.loc[found["signal"] == "gradient_cosine", "value"].between(-1, 1).all()
+    (diverged,) = results.runs().loc[results.runs()["kind"] == "run", "diverged"]
+    assert diverged in (True, False)
