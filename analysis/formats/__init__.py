@@ -166,7 +166,8 @@ def _format(file: Foreign, hints: Hints) -> Format:
         names = ", ".join(form.name for form in found)
         raise file.refuse(f"could be {names}; say which with {Hints.flag('format')}")
     held = _held(file)
-    known = "; ".join(form.what for form in FORMATS)
+    alike = [form.what for form in FORMATS if file.suffix and f"({file.suffix}" in form.what]
+    known = "; ".join(alike or [form.what for form in FORMATS])
     raise file.refuse(f"is none of the files that are read{held}; these are: {known}")
 
 

@@ -243,3 +243,7 @@ def test_what_is_not_known_is_told_with_what_is(tmp_path: Path) -> None:
     said = faults(save(tmp_path / "a.pt", {"weights": torch.ones(2), "bias": torch.ones(HIDDEN)}))
     assert "keys weights, bias" in said
     assert "persona_vectors" in said
+    assert ".csv" not in said  # of files with this ending alone
+    other = tmp_path / "a.xyz"
+    other.touch()
+    assert ".csv" in faults(other)
