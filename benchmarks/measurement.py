@@ -44,6 +44,7 @@ MAX_LENGTH = 512
 BATCH_TOKENS = 512  # 64 samples make about twenty batches, so that every sample is measured about once
 NUM_SAMPLES = 64
 NUM_VECTORS = 8
+PARTS = ("memory", "readout_over_bare", "naive_over_ours", "packed_conditions_speedup", "two_actors_speedup")
 SHAPES: dict[str, dict[str, Any]] = {
     "random:qwen2.5-7b": {
         "hidden_size": 3584,
@@ -177,7 +178,7 @@ def _adder(shift_d: torch.Tensor) -> Callable[..., Any]:
     return hook
 
 
-def times(work: Work, pairs: int) -> Iterator[Ratio]:
+def times(work: Work, pairs: int, wanted: Sequence[str]) -> Iterator[Ratio]:
     """Batch by batch, each pair of contenders on the same samples in turn."""
     parts = work.batches()
     clock = Clock(work.base.device)
@@ -205,11 +206,15 @@ def times(work: Work, pairs: int) -> Iterator[Ratio]:
         for condition in work.conditions:
             measure(items[: len(items) // 2], [condition])
 
-    yield compared("readout_over_bare", lambda items: measure(items, [NOTHING]), work.bare)
-    two = work.conditions[:2]
-    yield compared("naive_over_ours", lambda items: work.naive(items, two), lambda items: measure(items, two))
-    packed = work.conditions
-    yield compared("packed_conditions_speedup", one_by_one, lambda items: measure(items[: len(items) // 2], packed))
+    two, packed = work.conditions[:2], work.conditions
+    pairs_of: dict[str, tuple[Callable[[list[Item]], None], Callable[[list[Item]], None]]] = {
+        "readout_over_bare": (lambda items: measure(items, [NOTHING]), work.bare),
+        "naive_over_ours": (lambda items: work.naive(items, two), lambda items: measure(items, two)),
+        "packed_conditions_speedup": (one_by_one, lambda items: measure(items[: len(items) // 2], packed)),
+    }
+    for name, (slower, faster) in pairs_of.items():
+        if name in wanted:
+            yield compared(name, slower, faster)
 
 
 def peak_memory(model: str, device: str, num_vectors: int, all_layers: bool) -> float:
@@ -228,6 +233,25 @@ def peak_memory(model: str, device: str, num_vectors: int, all_layers: bool) -> 
     before = _status_bytes("VmRSS")
     work.measure(rows, [NOTHING], layers)
     return float(_status_bytes("VmHWM") - before)
+
+
+def memory_figures(model: str, device: str) -> dict[str, float]:
+    """The two ratios, printed with what they are made of."""
+    memory = {
+        case: in_processes(peak_memory, [(model, device, *case)])[0]
+        for case in ((NUM_VECTORS, True), (1, True), (NUM_VECTORS, False))
+    }
+    print("peak memory above the loaded model:")
+    for (num_vectors, all_layers), size in memory.items():
+        print(f"  {num_vectors} vectors, {'all layers' if all_layers else 'one layer':<10}{size / 2**20:8.0f} MiB")
+    figures = {
+        "peak_memory_8_over_1_vectors": memory[NUM_VECTORS, True] / memory[1, True],
+        "peak_memory_all_over_one_layer": memory[NUM_VECTORS, True] / memory[NUM_VECTORS, False],
+    }
+    for key, value in figures.items():
+        verdict = "goal met" if value <= 1.15 else "goal missed"
+        print(f"{key:<32}{value:7.3f}   goal <= 1.15: {verdict}", flush=True)
+    return figures
 
 
 def _status_bytes(key: str) -> int:
@@ -285,6 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=20, help="timed batches of each kind (20)")
     parser.add_argument("--processes", type=int, default=3, help="rounds of one process against two (3); 0: none")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the figures (all)")
     parser.add_argument("--model", default=EMBEDDED, help=f"a base, or one of {', '.join(SHAPES)}")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -294,23 +319,13 @@ def main() -> None:
     print(f"{options.model}, {NUM_SAMPLES} samples, {NUM_VECTORS} vectors, {machine}, torch {torch.__version__}")
     figures: dict[str, float] = {}
 
-    memory = {
-        case: in_processes(peak_memory, [(options.model, name, *case)])[0]
-        for case in ((NUM_VECTORS, True), (1, True), (NUM_VECTORS, False))
-    }
-    print("peak memory above the loaded model:")
-    for (num_vectors, all_layers), size in memory.items():
-        print(f"  {num_vectors} vectors, {'all layers' if all_layers else 'one layer':<10}{size / 2**20:8.0f} MiB")
-    figures["peak_memory_8_over_1_vectors"] = memory[NUM_VECTORS, True] / memory[1, True]
-    figures["peak_memory_all_over_one_layer"] = memory[NUM_VECTORS, True] / memory[NUM_VECTORS, False]
-    for key in tuple(figures):
-        print(f"{key:<32}{figures[key]:7.3f}   goal <= 1.15: {'goal met' if figures[key] <= 1.15 else 'goal missed'}")
-
-    for ratio in times(Work(options.model, device, NUM_SAMPLES), options.pairs):
+    if "memory" in options.only:
+        figures |= memory_figures(options.model, name)
+    for ratio in times(Work(options.model, device, NUM_SAMPLES), options.pairs, options.only):
         print(ratio.line(1.10 if ratio.name == "readout_over_bare" else None), flush=True)
         figures |= {ratio.name: ratio.median, f"{ratio.name}_low": ratio.low, f"{ratio.name}_high": ratio.high}
 
-    if options.processes:
+    if options.processes and "two_actors_speedup" in options.only:
         speedups = sorted(two_processes(options.model, name, options.processes))
         figures["two_actors_speedup"] = speedups[len(speedups) // 2]
         print(f"two_actors_speedup {figures['two_actors_speedup']:.3f}   of {[round(one, 3) for one in speedups]}")
