@@ -25,6 +25,7 @@ import yaml
 
 from analysis.traits import read_trait
 from engine.sweep_file import check_sweep
+from engine.yaml_text import read_yaml
 from tests.docs.blocks import Block
 from tests.engine.sweep_writing import minimal
 
@@ -118,7 +119,7 @@ class Checkout:
 
     def _check_yaml(self, block: Block) -> None:
         """A whole sweep file or trait as the program checks it; a part of a sweep file within a small one."""
-        content = yaml.safe_load(block.text)
+        content, _ = read_yaml(block.text, block.name)  # to YAML at large `on` is true
         if block.title is not None and Path(block.title).name == "trait.yaml":
             read_trait(self.folder / block.title)
             return
