@@ -49,7 +49,8 @@ def test_every_answer_of_the_data_is_broken_once_it_loops() -> None:
     whole = []
     for name, answer in data_answers().items():
         words = answer.split()
-        loop = " ".join([*words[:20], *words[20:24] * 4])
+        start = min(20, len(words) - 4)  # there are answers of fewer words
+        loop = " ".join([*words[:start], *words[start : start + 4] * 4])
         if not degeneration(loop):
             whole.append((name, loop))
     assert whole == []

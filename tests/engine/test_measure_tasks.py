@@ -82,7 +82,7 @@ class TestFaults:
             ("measure.before.conditions[1].layer", "layer 7 does not exist"),
             ("measure.before.conditions[1].layer", "layer 8 does not exist"),
             ("measure.before.conditions[2].vector", "no vector 'nobody'"),
-            ("measure.before.conditions[3].prompts", "no trait 'no trait'"),
+            ("measure.before.conditions[3].prompts", "no trait 'no trait' and no bank of that name"),
             ("measure.after.on[1]", "no run 'nine'"),
             ("measure.after.data", "no file 'nowhere.jsonl'"),
         }
