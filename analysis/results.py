@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -35,11 +35,11 @@ from analysis.manifest import (
     read_run_record,
     run_key,
     sweep_key,
-    tensors_key,
     vector_key,
 )
 from analysis.one_run import Run, find_run
 from analysis.quantities import Measured, measured
+from analysis.row_tasks import measurement_keys, tasks_of
 from analysis.rows import RunRow
 from analysis.summary import summarize
 from analysis.tables import TABLES, columns_of, read_parquet, schema_of, table_key
@@ -72,40 +72,6 @@ def _why_no_sweep(folder: Path) -> str:
     if not folder.exists():
         return "there is no such folder; give <store>/sweeps/<name>, such as results/sweeps/quickstart"
     return "not a sweep's folder (no manifest.json in <store>/sweeps/<name>); run the sweep first"
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A task of an entry and the key of what it makes."""
-
-    name: str
-    task_id: str
-    key: str
-
-
-def _tasks(entry: RunEntry) -> Iterator[_Task]:
-    """The tasks of a row of the sweep, in the order in which they can be done."""
-    if entry.kind == "run":
-        yield _Task("train", entry.run_id, run_key(entry.run_id))
-    yield _Task("sample", entry.sample_id, table_key("generations", entry.sample_id))
-    for metric, judge_id in entry.judge_ids.items():
-        yield _Task(f"judge {metric}", judge_id, table_key("scores", judge_id))
-    if entry.plain_loss_id is not None:
-        yield _Task("plain loss", entry.plain_loss_id, table_key("losses", entry.plain_loss_id))
-
-
-def _measurement_keys(entry: MeasureEntry) -> dict[str, list[str]]:
-    """The tasks of a measurement, each with the keys of what it makes."""
-    keys = {
-        shard: [
-            *(table_key(table, shard) for table in entry.tables),
-            *([tensors_key(shard)] if entry.has_tensors else []),
-        ]
-        for shard in entry.shard_ids
-    }
-    if entry.merge_id is not None:
-        keys[entry.merge_id] = [table_key(table, entry.merge_id) for table in entry.merged_tables]
-    return keys
 
 
 _OfARun: TypeAlias = RunEntry | MeasureEntry
@@ -180,7 +146,7 @@ class Results:
         """One row per measurement and model: how many of its shards are done, and what it makes."""
         rows = []
         for entry in self.manifest.measurements:
-            keys = _measurement_keys(entry)
+            keys = measurement_keys(entry)
             done = sum(all(self._exists(key) for key in keys[shard]) for shard in entry.shard_ids)
             is_done = all(self._exists(key) for found in keys.values() for key in found)
             failed = [self._failures()[task] for task in keys if task in self._failures()] if not is_done else []
@@ -273,7 +239,7 @@ class Results:
         rows = []
         known: set[str] = set()
         for entry in self.manifest.runs:
-            for task in _tasks(entry):
+            for task in tasks_of(entry):
                 known.add(task.task_id)
                 if task.task_id in failures and not self._exists(task.key):
                     rows.append(_failure_row(task.task_id, failures, entry.label, entry.run_id, task.name))
@@ -282,7 +248,7 @@ class Results:
             if vector_id in failures and not self._exists(vector_key(vector_id)):
                 rows.append(_failure_row(vector_id, failures, None, None, f"vector {name}"))
         for measure in self.manifest.measurements:
-            for task_id, keys in _measurement_keys(measure).items():
+            for task_id, keys in measurement_keys(measure).items():
                 known.add(task_id)
                 if task_id in failures and not all(self._exists(key) for key in keys):
                     what = f"measure {measure.name}"
@@ -365,7 +331,7 @@ class Results:
 
     def _status(self, entry: RunEntry, failures: dict[str, Failure]) -> tuple[str, Failure | None]:
         """What failed outranks what was skipped because of it; a failure whose output is there now is history."""
-        open_tasks = [task for task in _tasks(entry) if not self._exists(task.key)]
+        open_tasks = [task for task in tasks_of(entry) if not self._exists(task.key)]
         found = [failures[task.task_id] for task in open_tasks if task.task_id in failures]
         for failure in found:
             if failure.kind != "skipped":
