@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 _MAX_VALUE_CHARACTERS = 60
+_LONG_CHARACTERS = 24  # such as a path: left out where something shorter tells the same cells apart
 
 Flat = dict[str, object]
 
@@ -14,15 +15,16 @@ def unique_labels(heads: Sequence[str], cells: Sequence[Mapping[str, object]]) -
     """One label per cell, no two equal: its head, then `` name=value`` for all that differs among cells of one head.
 
     ``heads[i]`` is the label of the defense of cell i (or the user's own), ``cells[i]`` its plain data without
-    ``label``. Where defense labels hide a difference (they round numbers and count prompts), short values of the
-    defense are added too; cells that are still called the same get `` #2``, `` #3``.
+    ``label``. A long value is left out if a shorter one differs among just the same cells. Where defense labels hide a
+    difference (they round numbers and count prompts), short values of the defense are added too; cells that are still
+    called the same get `` #2``, `` #3``.
     """
     flat = [_flatten(cell) for cell in cells]
     labels = list(heads)
     for head in dict.fromkeys(heads):
         group = [index for index, other in enumerate(heads) if other == head]
         outside = [{k: v for k, v in flat[index].items() if not _in_defense(k)} for index in group]
-        differing = _differing(outside)
+        differing = _without_long_twins(outside, _differing(outside))
         for index in group:
             labels[index] += _parts(flat[index], differing)
     for label, count in Counter(labels).items():
@@ -69,6 +71,18 @@ def _differing(flat: Sequence[Flat]) -> list[str]:
     """Names whose value is not the same everywhere, in order of appearance; a name can be absent somewhere."""
     names = dict.fromkeys(name for one in flat for name in one)
     return [name for name in names if len({repr(one[name]) if name in one else None for one in flat}) > 1]
+
+
+def _without_long_twins(flat: Sequence[Flat], names: Sequence[str]) -> list[str]:
+    """``names`` less those with a long value that always differ together with one that has short values alone."""
+
+    def classes(name: str) -> tuple[int, ...]:
+        values = [repr(one[name]) if name in one else None for one in flat]
+        return tuple(values.index(value) for value in values)
+
+    long = {name for name in names if any(len(_text(one[name])) > _LONG_CHARACTERS for one in flat if name in one)}
+    told = {classes(name) for name in names if name not in long}
+    return [name for name in names if name not in long or classes(name) not in told]
 
 
 def _parts(one: Flat, names: Sequence[str], only_short: bool = False) -> str:
