@@ -102,7 +102,8 @@ class VectorTasks:
                 traits[path] = trait[0]
         if not is_sound:
             return None
-        faults = list(config.file_faults(files))
+        rows = {path: self.sources.rows[content] for path, content in chats.items()}
+        faults = [*config.file_faults(files), *config.chat_faults(rows)]
         try:
             config = config.with_traits(traits)
         except ConfigError as error:

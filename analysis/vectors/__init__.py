@@ -6,9 +6,10 @@ from typing import Annotated, TypeAlias, get_args
 
 from pydantic import Discriminator, Tag
 
-from analysis.vectors.activations import mean_activation, mean_response_activation
+from analysis.vectors.activations import mean_activation, mean_response_activation, response_activations
 from analysis.vectors.base import Asking, Making, VectorKind
 from analysis.vectors.combination import CombinedVector, Term, combine
+from analysis.vectors.contrastive import ContrastiveVector
 from analysis.vectors.difference_of_data import Difference, DifferenceVector, difference
 from analysis.vectors.difference_of_prompts import (
     Part,
@@ -19,6 +20,8 @@ from analysis.vectors.difference_of_prompts import (
 )
 from analysis.vectors.extraction import ExtractedVector, Extraction
 from analysis.vectors.filtering import Answer, Filter, Pair, Score, filtered
+from analysis.vectors.leading_difference import LeadingDifferenceVector
+from analysis.vectors.logistic import LogisticVector
 from analysis.vectors.mean_of_data import Mean, MeanVector
 from analysis.vectors.random_vector import RandomVector, random_like
 from analysis.vectors.vector import FINAL_ROWS, TENSOR, Vector, read_vector_header
@@ -32,6 +35,9 @@ _Kinds: TypeAlias = (
     | Annotated[CombinedVector, Tag("CombinedVector")]
     | Annotated[ExtractedVector, Tag("ExtractedVector")]
     | Annotated[MeanVector, Tag("MeanVector")]
+    | Annotated[LeadingDifferenceVector, Tag("LeadingDifferenceVector")]
+    | Annotated[ContrastiveVector, Tag("ContrastiveVector")]
+    | Annotated[LogisticVector, Tag("LogisticVector")]
 )
 
 VECTOR_KINDS: dict[str, type[VectorKind]] = {
@@ -64,12 +70,15 @@ __all__ = [
     "Answer",
     "Asking",
     "CombinedVector",
+    "ContrastiveVector",
     "Difference",
     "DifferenceVector",
     "ExtractedVector",
     "Extraction",
     "FileVector",
     "Filter",
+    "LeadingDifferenceVector",
+    "LogisticVector",
     "Making",
     "Mean",
     "MeanVector",
@@ -92,4 +101,5 @@ __all__ = [
     "prompt_difference",
     "random_like",
     "read_vector_header",
+    "response_activations",
 ]

@@ -28,6 +28,29 @@ def mean_response_activation(
     return mean_activation(base, encoded, batch_size, progress)
 
 
+def response_activations(
+    base: LoadedBase,
+    rows: Sequence[Sequence[Message]],
+    max_length: int,
+    batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """Per row the mean over response tokens of h_l, every layer, in the order of ``rows``; [rows, num_layers + 1,
+    hidden] float32 (float64 for a float64 model). ``progress(done)`` counts rows."""
+    encoded, _ = encode_all(rows, ChatEncoder(base.tokenizer, max_length), False)
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].input_ids))  # alike lengths together
+    layers = range(len(decoder_layers(base.model)) + 1)
+    of_row: dict[int, torch.Tensor] = {}
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        means = _means(base, [encoded[index] for index in part], layers)
+        stacked_bld = torch.stack([means[layer] for layer in layers], dim=1).cpu()
+        of_row |= dict(zip(part, stacked_bld, strict=True))
+        if progress is not None:
+            progress(start + len(part))
+    return torch.stack([of_row[index] for index in range(len(encoded))])
+
+
 def mean_activation(
     base: LoadedBase, rows: Sequence[Encoded], batch_size: int = 8, progress: Callable[[int], None] | None = None
 ) -> torch.Tensor:

@@ -111,6 +111,12 @@ class VectorKind(Config):
         del files
         return ()
 
+    def chat_faults(self, rows: Mapping[Path, Sequence[Sequence[Message]]]) -> Iterable[Fault]:
+        """What is wrong with chat files beside each other, ``rows`` by the field that names them. Keys are dotted
+        fields."""
+        del rows
+        return ()
+
     def with_traits(self, traits: Mapping[Path, Trait]) -> Self:
         """This config with the traits that it names, by the field that names them. Raises ConfigError, with dotted
         fields as keys, where one lacks what is needed."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save
 
 from analysis.vectors import (
@@ -247,3 +249,36 @@ def test_faults_stay_with_the_key_that_names_the_file(folder: Path) -> None:
         assert sources.chat_file("bad.jsonl", key) is None
     assert len(set(sources.faults)) == 1
     assert sources.faults[0] == Fault(f"{folder / 'bad.jsonl'}:1", sources.faults[0].message)
+
+
+class TestAxes:
+    SETS: ClassVar = {"positive": "a.jsonl", "negative": "b.jsonl"}
+
+    def _one(self, folder: Path, kind: str, **more: object) -> VectorTasks:
+        config = TypeAdapter(VectorConfig).validate_python({kind: self.SETS | more})
+        return _vectors(folder, {"axis": config})
+
+    def test_each_estimator_and_each_of_its_settings_is_another_vector(self, folder: Path) -> None:
+        made = [
+            self._one(folder, "leading_difference"),
+            self._one(folder, "contrastive"),
+            self._one(folder, "contrastive", temperature=2.0),
+            self._one(folder, "logistic"),
+            self._one(folder, "logistic", inverse_penalty=0.1),
+        ]
+        assert len({vectors.add("axis", BASE, _nothing) for vectors in made}) == len(made)
+        assert all(not vectors.sources.faults for vectors in made)
+
+    @pytest.mark.parametrize("kind", ["leading_difference", "contrastive", "logistic"])
+    def test_one_class_only_is_a_fault(self, folder: Path, kind: str) -> None:
+        vectors = self._one(folder, kind, negative="a.jsonl")
+        (fault,) = vectors.sources.faults
+        assert fault.key == f"vectors.axis.{kind}.negative"
+        assert "an axis needs two classes" in fault.message
+
+    def test_pairs_need_equal_numbers_of_rows(self, folder: Path) -> None:
+        write_chat_file(folder / "c.jsonl", [chat("Why?", "No."), chat("How?", "Like that.")])
+        (fault,) = self._one(folder, "leading_difference", negative="c.jsonl").sources.faults
+        message = "has 2 rows and positive has 1; pairs need as many of one as of the other"
+        assert fault == Fault("vectors.axis.leading_difference.negative", message)
+        assert self._one(folder, "contrastive", negative="c.jsonl").sources.faults == []
