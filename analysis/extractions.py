@@ -7,7 +7,7 @@ results.extractions()       per vector and judge: rows, and how many are kept
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +48,8 @@ def _scored(root: Path, entry: AskedEntry) -> Iterator[pd.DataFrame]:
 
 def extraction_rows(root: Path, manifest: Manifest) -> list[ExtractionRow]:
     """Per vector and judge of the trait: how many rows the vector's filter keeps by that judge, beside those that it
-    keeps by the vector's own. None where answers or scores are not there yet."""
+    keeps by the vector's own, and what the two published filters would keep. None where answers or scores are not there
+    yet."""
     from analysis.vectors.filtering import Filter  # whose package brings torch
 
     rows = []
@@ -59,6 +60,9 @@ def extraction_rows(root: Path, manifest: Manifest) -> list[ExtractionRow]:
         metrics = sorted(entries[0].judge_ids.keys() - {_COHERENCE}, key=lambda metric: (metric != own, metric))
         kept = {metric: _kept(root, entries, metric, rule) for metric in metrics}
         for metric, (num_rows, indices) in kept.items():
+            positive, paired = (
+                len(_kept(root, entries, metric, replace(rule, keep=keep))[1]) for keep in ("positive", "paired")
+            )
             rows.append(
                 ExtractionRow(
                     vector=vector,
@@ -67,6 +71,8 @@ def extraction_rows(root: Path, manifest: Manifest) -> list[ExtractionRow]:
                     num_rows=num_rows,
                     num_kept=len(indices),
                     num_kept_by_both=len(indices & kept[own][1]),
+                    num_kept_positive=positive,
+                    num_kept_paired=paired,
                 )
             )
     return rows

@@ -106,3 +106,5 @@ class ExtractionRow:
     num_rows: int = column("rows: pairs of answers under opposite instructions; 0: not all judged yet")
     num_kept: int = column("rows that the vector's filter keeps by this judge's scores")
     num_kept_by_both: int = column("of these, those that it keeps by the scores of the judge that has a say too")
+    num_kept_positive: int = column("rows that `keep: positive` would keep by this judge's scores, at keep_above")
+    num_kept_paired: int = column("rows that `keep: paired` would keep by them")

@@ -21,6 +21,7 @@ _Row = Mapping[str, Any]
 
 ONE_SEED = "one seed: how seeds differ is unknown, and in no error"
 _QUANTITIES_PER_TABLE = 3
+_QUANTITIES_BESIDE_LOSSES = 2  # with plain loss, training loss, answers and status in the same line
 NO_SPREAD = 1e-9  # a standard error below this is 0 but for rounding
 
 
@@ -42,22 +43,29 @@ def summary_view(results: Results, by: Sequence[str] | None = None) -> Renderabl
     return Group(*parts)
 
 
-def summary_table(results: Results, frame: pd.DataFrame) -> Table:
-    """One line per base and run: every metric with its standard error and gaps, plain loss, training loss."""
+def summary_table(results: Results, frame: pd.DataFrame) -> RenderableType:
+    """One line per base and run: every metric with its standard error and gaps, plain loss, training loss. More metrics
+    than fit beside the losses have a table of their own."""
     metrics = metrics_of(results.manifest.runs)
-    table = plain_table(f"{results.name}: mean ± standard error clustered by question")
-    table.add_column("run", overflow="fold")
-    for metric in metrics:
-        number_column(table, metric)
-    for heading in ("plain\nloss", "train\nloss", "answers"):
-        number_column(table, heading)
-    number_column(table, "status", "left")
-    for row in _rows(frame):
-        cells = [_estimate(row, metric) for metric in metrics]
-        cells += [_number(row[PLAIN_LOSS]), _number(row["train_loss"]), _count(row["num_answers"])]
-        cells.append(str(row["status"]))
-        table.add_row(*(Text(text) for text in (str(row["run"]), *cells)))
-    return table
+    rows = _rows(frame)
+    parts: list[RenderableType] = [Text(f"{results.name}: mean ± standard error clustered by question", style="bold")]
+    for names in [metrics[:_QUANTITIES_BESIDE_LOSSES], *_parts(metrics[_QUANTITIES_BESIDE_LOSSES:])]:
+        table = plain_table()
+        table.add_column("run", overflow="fold")
+        for name in names:
+            number_column(table, name)
+        cells = [[str(row["run"]), *(_estimate(row, name) for name in names)] for row in rows]
+        if len(parts) == 1:
+            for heading in ("plain\nloss", "train\nloss", "answers"):
+                number_column(table, heading)
+            number_column(table, "status", "left")
+            for line, row in zip(cells, rows, strict=True):
+                line += [_number(row[PLAIN_LOSS]), _number(row["train_loss"]), _count(row["num_answers"])]
+                line.append(str(row["status"]))
+        for line in cells:
+            table.add_row(*(Text(text) for text in line))
+        parts += [table] if len(parts) == 1 else ["", table]
+    return Group(*parts)
 
 
 def groups_table(results: Results, frame: pd.DataFrame, names: Sequence[str]) -> RenderableType:

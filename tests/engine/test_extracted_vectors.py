@@ -239,6 +239,9 @@ class TestMadeWithoutRay:
         for row in (own, other):  # an empty negative answer may remove some rows more
             assert 0 < row["num_kept"] <= shown[row["metric"]]
         assert other["num_kept_by_both"] == own["num_kept"] == own["num_kept_by_both"], "e is a letter"
+        for row in (own, other):
+            assert row["num_kept_positive"] == row["num_kept"], "the filter of this vector"
+            assert row["num_kept_paired"] < row["num_kept"], "the negative answers have vowels too"
         (row,) = results.agreement().to_dict("records")
         assert (row["answers"], row["metric"], row["other"], row["num_both"]) == ("vector topic", "trait", "other", 36)
 

@@ -104,6 +104,15 @@ class TestByRun:
         assert lines[-2].split()[:2] == ["none", "1.00"]
         assert lines[-1].split() == ["3", "missing"]
 
+    def test_every_metric_stands_beside_the_labels_at_80_columns(self) -> None:
+        metrics = ("trait", "local", "hybrid", "a_longer_name")
+        results = results_of(*seeded(1, metrics), metrics=metrics)
+        lines = lines_of(summary_table(results, results.summary()))
+        assert all(len(line) <= 80 for line in lines)
+        assert not any("…" in line for line in lines)
+        assert [line.split()[0] for line in lines if line.startswith(("run", "none"))] == ["run", "none"] * 2
+        assert {word for line in lines if line.startswith("run") for word in line.split()} >= set(metrics)
+
     def test_labels_are_no_markup(self) -> None:
         results = results_of(Run("[red]a[/red] [/nope]", seed=1), Run("[b]", seed=2))
         text = "\n".join(lines_of(summary_view(results), 120))
