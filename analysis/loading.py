@@ -11,6 +11,7 @@ from trainables.base_model import BaseConfig, LoadedBase, ResolvedBase, load_bas
 from trainables.errors import ConfigError, Fault
 from trainables.lora import load_adapter
 from trainables.shapes import ModelShape
+from trainables.start_from import merged_base
 
 if TYPE_CHECKING:
     from analysis.results import Results
@@ -28,9 +29,12 @@ def find_base(results: Results, entry: RunEntry, *, cuda: bool, base: str | None
         raise ConfigError(
             [Fault("run", f"{entry.label!r} is answers of another project; its model is not here")], _HEADING
         )
-    if entry.kind == "run" and not (results.root / adapter_key(entry.run_id) / "adapter_config.json").is_file():
-        fault = Fault("run", f"{entry.label!r} is not done: it has no adapter yet")
-        raise ConfigError([fault], _HEADING)
+    for run_id in (*entry.merged, entry.run_id) if entry.kind == "run" else ():
+        if not (results.root / adapter_key(run_id) / "adapter_config.json").is_file():
+            message = f"{entry.label!r} is not done: it has no adapter yet"
+            if run_id != entry.run_id:
+                message = f"{entry.label!r} stands on the adapter of {run_id}, which is not in the store"
+            raise ConfigError([Fault("run", message)], _HEADING)
     used = {name: entry.config[f"base.{name}"] for name in ("model", "revision", "dtype")}
     wanted = BaseConfig.model_validate(used if base is None else used | {"model": base})
     try:
@@ -50,13 +54,15 @@ def find_base(results: Results, entry: RunEntry, *, cuda: bool, base: str | None
 def load_run(results: Results, entry: RunEntry, base: ResolvedBase, device: torch.device) -> tuple[Any, LoadedBase]:
     """The model of a row whose base ``find_base`` found, and the base that it stands on.
 
-    A PeftModel (of a base the base's own model), frozen, in evaluation mode; the base's tokenizer pads on the left, so
-    that in a batch too answers begin where prompts end.
+    A PeftModel (of a base the base's own model), frozen, in evaluation mode, with the adapters of earlier trainings
+    merged into the base where the run started from such; the base's tokenizer pads on the left, so that in a batch too
+    answers begin where prompts end.
     """
     loaded = load_base(base, device)
     loaded.tokenizer.padding_side = "left"
     if entry.kind == "base":
         return loaded.model, loaded
+    loaded = merged_base(loaded, [results.root / adapter_key(run_id) for run_id in entry.merged])
     return load_adapter(loaded.fresh(), results.root / adapter_key(entry.run_id), entry.run_id), loaded
 
 

@@ -79,7 +79,11 @@ class Run:
 
     @property
     def adapter(self) -> Path | None:
-        """The folder with its adapter in PEFT's format; None of a base, and before the training is done."""
+        """The folder with its adapter in PEFT's format; None of a base, and before the training is done.
+
+        It belongs on the base alone, or where ``entry.merged`` has ids, on the base with the adapters of those runs
+        merged into it: ``load_model`` puts that together.
+        """
         folder = self.results.root / adapter_key(self.run_id)
         return folder if self.kind == "run" and (folder / "adapter_config.json").is_file() else None
 

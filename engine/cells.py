@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.config_faults import Path, nearest, show, validate
-from engine.grid import expand, grid_faults, is_grid
-from engine.merging import Merged, has
+from engine.grid import expand, grid_faults, grid_paths, is_grid
+from engine.merging import Merged, at, has
 from engine.named import Named, salvaged, vector_names
 from engine.sweep_models import Cell
 from trainables.errors import Fault
 
 SECTIONS = ("base", "data", "training", "evaluation")
+_NO_AXES = ("label", "start_from")  # a grid in them says what is meant, not what a run is
 UNLABELLED = "?"  # no block can say this: the label that stands for "none was given"
 
 
@@ -38,10 +39,14 @@ class FaultyCell:
 
 @dataclass
 class Cells:
-    """The cells of a file: the sound ones with where their parts stand, the faulty ones, and all faults."""
+    """The cells of a file: the sound ones with where their parts stand, the faulty ones, and all faults.
+
+    ``varied``: what grids and axes say about each sound cell, by dotted name.
+    """
 
     sound: list[Cell] = field(default_factory=list)
     merged: list[Merged] = field(default_factory=list)
+    varied: list[dict[str, Any]] = field(default_factory=list)
     faulty: list[FaultyCell] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
 
@@ -106,7 +111,9 @@ def build_cells(file: Mapping[str, Any]) -> Cells:
             for axis in axes
             if any(has(cell, axis) for cell in expand(block))
         ]
+        own_axes = [path for path in grid_paths(block) if path.partition(".")[0] not in _NO_AXES]
         for values in expand(block):
+            varied = {path: at(values, path) for path in own_axes}
             values = {name: value for name, value in values.items() if not (name in SECTIONS and value is None)}
             for choice in expand(axes):
                 merged = Merged(here)
@@ -126,6 +133,7 @@ def build_cells(file: Mapping[str, Any]) -> Cells:
                 if cell is not None and not faults and not lost:
                     cells.sound.append(cell)
                     cells.merged.append(merged)
+                    cells.varied.append(varied | choice)
                 else:
                     content = {name: value for name, value in raw.items() if name != "label"} | {"lost": lost}
                     text = json.dumps(content, sort_keys=True)

@@ -180,7 +180,10 @@ def serving(path: SweepFolderArgument) -> None:
     Example: [bold]shiftgrad serving results/sweeps/quickstart[/bold], for [bold]evaluation.answers_from[/bold]
     """
     from analysis.results import load
-    from engine.serving import vllm_commands
+    from engine.serving import merged_runs, vllm_commands
 
-    for command in vllm_commands(load(path)):
+    results = load(path)
+    for command in vllm_commands(results):
         print(command)
+    if left_out := merged_runs(results):
+        Console(stderr=True).print(Text(left_out), soft_wrap=True)

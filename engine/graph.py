@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ from engine.smoke import smoke_cell, smoke_questions
 from engine.sources import Sources
 from engine.sweep_file import Cell, Sweep
 from engine.tasks import (
+    FROM_BASE,
     JudgeTask,
     LossTask,
     RunJob,
     SampleTask,
+    Start,
     TrainTask,
     base_run_id,
     resolved_defense,
@@ -72,11 +75,17 @@ class Graph:
         self.run_jobs: dict[str, RunJob] = {}
         self.base_jobs: dict[str, RunJob] = {}
         self.judge_tasks: dict[str, JudgeTask] = {}
-        self.entries: list[RunEntry] = []
+        self.trains: dict[int, TrainTask] = {}  # by index of the cell
+        self._entries: list[tuple[int, RunEntry]] = []  # with that index, in its order
         self.base_entries: list[RunEntry] = []
         self.base_of: dict[str, RunEntry] = {}  # by label of the run
         self.shapes: dict[str, ModelShape] = {}  # by run, and base
         self.proofs = RowProofs(sources)
+
+    @property
+    def entries(self) -> list[RunEntry]:
+        """Rows of the runs, in the order of the file."""
+        return [entry for _, entry in self._entries]
 
     def smoke(self, cells: Sequence[SoundCell]) -> Graph:
         """The same cells cut short. Some may be equal then (where they differed in epochs): both rows stay."""
@@ -94,8 +103,12 @@ class Graph:
         return (*(base for base in self.base_entries if base in bases), *runs)
 
     def add(self, sound: SoundCell) -> None:
-        """Add a cell's vectors, run, samples, judgements and measurements, and those of its base."""
+        """Add a cell's vectors, run, samples, judgements and measurements, and those of its base. The cell that it
+        starts from must have been added before."""
         cell, base = sound.cell, sound.found.base
+        start = self._start(sound)
+        if start is None:
+            return
         self.proofs.name_base(base, self.sweep.key(sound.index, "base", "model"))
         watched = cell.training.watch.vectors if cell.training.watch is not None else ()
         names = dict.fromkeys((*vector_names(cell.defense), *watched))
@@ -103,7 +116,7 @@ class Graph:
         defense = resolved_defense(cell.defense, ids, dict(sound.found.prompts))
         training = resolved_training(cell.training, ids)
         content = sound.found.train_content
-        identity = TrainTask.identity(base, cell.data, content, defense, training, cell.seed)
+        identity = TrainTask.identity(base, cell.data, content, defense, training, cell.seed, start)
         train = TrainTask(
             id=task_id(identity),
             base=base,
@@ -112,17 +125,19 @@ class Graph:
             defense=defense,
             training=training,
             seed=cell.seed,
+            start=start,
         )
+        self.trains[sound.index] = train
         data = cell.data
         key = self.sweep.key(sound.index, "data", "train")
         self.proofs.must_prove(base, content, data.max_length, key, data.loss_on, data.allow_truncated_away)
-        entry = self._evaluate(sound, train.id, cell.label, "run", _flat(cell, base))
+        entry = self._evaluate(sound, train.id, cell.label, "run", _flat(cell, base), start.merged)
         for other in self.entries:
             if _identity(other) == _identity(entry) and not self.twins:
                 message = f"two cells have one identity ({train.id}): {other.label!r} and {cell.label!r}"
                 self.sources.faults.append(Fault("runs", f"{message}; let them differ or remove one"))
                 return
-        self.entries.append(entry)
+        bisect.insort(self._entries, (sound.index, entry), key=lambda placed: placed[0])
         self._job(self.run_jobs, sound, train.id, cell.label, train)
 
         base_id = base_run_id(base)
@@ -139,6 +154,30 @@ class Graph:
         if not known:
             self.base_entries.append(base_entry)
             self._job(self.base_jobs, sound, base_id, label, None)
+
+    def _start(self, sound: SoundCell) -> Start | None:
+        """What a cell's training starts from; None if that has a fault, here or in the cell that it starts from."""
+        start, index = sound.cell.start_from, self.sweep.parents[sound.index]
+        if start is None:
+            return FROM_BASE
+        parent = self.trains.get(index) if index is not None else None
+        if index is None or parent is None:
+            return None
+        faults = []
+        base, label = sound.found.base, self.sweep.cells[index].label
+        if base.identity() != parent.base.identity():
+            ours, theirs = (" ".join(one.identity().values()) for one in (base, parent.base))
+            key = self.sweep.key(sound.index, "base", "model")
+            faults.append(Fault(key, f"{ours}, but {label!r}, which this run starts from, has {theirs}"))
+        found = parent.start.of_child(parent.id, start.adapter)
+        if found.merged and sound.cell.evaluation.answers_from is not None:
+            message = (
+                "a server puts adapters on the base, and this run's stands on one that has the adapter of "
+                f"{label!r} merged into it; leave it out, or write adapter: continue"
+            )
+            faults.append(Fault(self.sweep.key(sound.index, "evaluation", "answers_from"), message))
+        self.sources.faults += [fault for fault in faults if fault not in self.sources.faults]
+        return None if faults else found
 
     def _sample(self, run_id: str, sound: SoundCell) -> SampleTask:
         questions, sampling = sound.found.questions, sound.sampling
@@ -157,7 +196,13 @@ class Graph:
         )
 
     def _evaluate(
-        self, sound: SoundCell, run_id: str, label: str, kind: Literal["run", "base"], config: dict[str, Scalar]
+        self,
+        sound: SoundCell,
+        run_id: str,
+        label: str,
+        kind: Literal["run", "base"],
+        config: dict[str, Scalar],
+        merged: tuple[str, ...] = (),
     ) -> RunEntry:
         sample = self._sample(run_id, sound)
         judge_ids = {name: self._judge(run_id, sample.id, metric) for name, metric in sound.found.metrics.items()}
@@ -169,6 +214,7 @@ class Graph:
             judge_ids=judge_ids,
             plain_loss_id=self._loss(run_id, sound).id,
             config=config,
+            merged=merged,
             scales={name: metric.bounds for name, metric in sound.found.metrics.items()},
         )
 
@@ -245,6 +291,8 @@ def _flat(cell: Cell, base: ResolvedBase) -> dict[str, Scalar]:
     for number, item in enumerate(cell.defense):
         put("defense" if len(cell.defense) == 1 else f"defense.{number}", item.model_dump(mode="json"))
     put("base", {"model": cell.base.model, "revision": base.revision, "dtype": base.dtype})
+    if cell.start_from is not None:
+        put("start_from", cell.start_from.model_dump(mode="json"))
     for section in ("data", "training", "evaluation"):
         put(section, getattr(cell, section).model_dump(mode="json"))
     return flat

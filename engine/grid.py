@@ -31,6 +31,14 @@ def expand(block: Any) -> list[Any]:
     return [_copy(cell) for cell in _cells(block)]
 
 
+def grid_paths(block: Any, path: str = "") -> list[str]:
+    """Dotted paths of the grids of ``block``, of nested ones the outermost."""
+    if is_grid(block):
+        return [path]
+    items = block.items() if isinstance(block, dict) else enumerate(block) if isinstance(block, list) else ()
+    return [found for name, item in items for found in grid_paths(item, f"{path}.{name}" if path else str(name))]
+
+
 def _cells(value: Any) -> Iterator[Any]:
     """The cells of ``value``; they share parts with it and with each other."""
     if is_grid(value):

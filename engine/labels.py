@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 
 _MAX_VALUE_CHARACTERS = 60
+_FILE = re.compile(r"\S+\.[A-Za-z]\w{1,7}")  # ends like a file's name: rows.jsonl, but not Qwen2.5-7B
 _LONG_CHARACTERS = 24  # such as a path: left out where something shorter tells the same cells apart
 
 Flat = dict[str, object]
@@ -15,7 +18,8 @@ def unique_labels(heads: Sequence[str], cells: Sequence[Mapping[str, object]]) -
     """One label per cell, no two equal: its head, then `` name=value`` for all that differs among cells of one head.
 
     ``heads[i]`` is the label of the defense of cell i (or the user's own), ``cells[i]`` its plain data without
-    ``label``. A long value is left out if a shorter one differs among just the same cells. Where defense labels hide a
+    ``label``. A long value is left out if a shorter one differs among just the same cells; files are called without
+    their folder and ending where that tells them apart. Where defense labels hide a
     difference (they round numbers and count prompts), short values of the defense are added too; cells that are still
     called the same get `` #2``, `` #3``.
     """
@@ -25,8 +29,8 @@ def unique_labels(heads: Sequence[str], cells: Sequence[Mapping[str, object]]) -
         group = [index for index, other in enumerate(heads) if other == head]
         outside = [{k: v for k, v in flat[index].items() if not _in_defense(k)} for index in group]
         differing = _without_long_twins(outside, _differing(outside))
-        for index in group:
-            labels[index] += _parts(flat[index], differing)
+        for index, one in zip(group, _with_short_paths(outside, differing), strict=True):
+            labels[index] += _parts(one, differing)
     for label, count in Counter(labels).items():
         if count > 1:
             same = [index for index, other in enumerate(labels) if other == label]
@@ -71,6 +75,21 @@ def _differing(flat: Sequence[Flat]) -> list[str]:
     """Names whose value is not the same everywhere, in order of appearance; a name can be absent somewhere."""
     names = dict.fromkeys(name for one in flat for name in one)
     return [name for name in names if len({repr(one[name]) if name in one else None for one in flat}) > 1]
+
+
+def _with_short_paths(flat: Sequence[Flat], names: Sequence[str]) -> list[Flat]:
+    """``flat`` with the stems of files in place of their paths, for those of ``names`` whose values are all files with
+    stems of their own."""
+    short: dict[str, dict[object, str]] = {}
+    for name in names:
+        values = [one[name] for one in flat if name in one]
+        files = {value for value in values if isinstance(value, str) and _FILE.fullmatch(value)}
+        stems: dict[object, str] = {file: PurePath(file).stem for file in files}
+        if all(isinstance(value, str) and value in files for value in values) and len(set(stems.values())) == len(
+            files
+        ):
+            short[name] = stems
+    return [{name: short[name][value] if name in short else value for name, value in one.items()} for one in flat]
 
 
 def _without_long_twins(flat: Sequence[Flat], names: Sequence[str]) -> list[str]:

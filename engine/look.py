@@ -95,6 +95,8 @@ def show_view(results: Results, entry: RunEntry) -> RenderableType:
         parts += ["", Text("last log lines", style="bold"), Text("\n".join(lines))]
     if run.adapter is not None:
         parts += ["", Text(f"adapter: {run.adapter}", overflow="fold")]
+    if run.adapter is not None and entry.merged:
+        parts.append(Text(f"it belongs on the base with the adapters of {', '.join(entry.merged)} merged into it"))
     return Group(*parts)
 
 

@@ -37,6 +37,7 @@ class Target:
     base: ResolvedBase
     shape: ModelShape
     is_base: bool
+    merged: tuple[str, ...] = ()  # as in a run's job
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,7 @@ class MeasureTasks:
                 vector_ids=vector_ids,
                 name=name,
                 run=target.label,
+                merged=target.merged,
             )
         merge_id = None
         if config.merged_tables:

@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.config_faults import Path, format_path, show
 
+_ABSENT = object()
 _SAYS_ITS_KIND = ("kind", "judge", "hub")
 
 
@@ -78,12 +79,17 @@ class Merged:
 
 def has(block: Any, dotted: str) -> bool:
     """Whether ``block`` says anything at the dotted cell path."""
+    return at(block, dotted, _ABSENT) is not _ABSENT
+
+
+def at(block: Any, dotted: str, default: Any = None) -> Any:
+    """What ``block`` says at the dotted cell path, or ``default``."""
     for part in dotted.split("."):
         index = _index(block, part)
         if index is None or (isinstance(block, dict) and index not in block):
-            return False
+            return default
         block = block[index]
-    return True
+    return block
 
 
 def _index(container: Any, part: str) -> str | int | None:

@@ -28,6 +28,8 @@ from engine.machine import (
 from engine.measure_tasks import MeasureCost, MeasureTasks, Target, base_targets
 from engine.named import named
 from engine.only import parse, select
+from engine.parents import depth_of
+from engine.parts import measurements_of, part_of
 from engine.proved import Proved
 from engine.smoke import smoke_results
 from engine.sources import Sources
@@ -39,8 +41,6 @@ from engine.tasks import (
     JudgeTask,
     RunJob,
     VectorJob,
-    measurements_of,
-    part_of,
 )
 from engine.trackers import tracker_faults
 from engine.vector_tasks import VectorTasks
@@ -184,7 +184,9 @@ def _measures(
 ) -> MeasureTasks:
     """The measurements of the sound runs of ``graph`` and of their bases."""
     measures = MeasureTasks(sweep, sources, vectors, graph.proofs)
-    runs = [Target(job.label, job.id, job.base, graph.shapes[job.id], False) for job in graph.run_jobs.values()]
+    runs = [
+        Target(job.label, job.id, job.base, graph.shapes[job.id], False, job.merged) for job in graph.run_jobs.values()
+    ]
     bases = base_targets(sweep, sources, graph.base_jobs.values(), graph.shapes)
     measures.add_all(bases, runs, smoke=smoke)
     return measures
@@ -206,7 +208,8 @@ def _judge_tasks(
 
 
 def _look_up_all(sweep: Sweep, sources: Sources, vectors: VectorTasks, graph: Graph) -> list[SoundCell]:
-    """Look up all cells, and return those in which everything was found, which are in the graph now."""
+    """Look up all cells, and return those in which everything was found, which are in the graph now: each after the
+    one that it starts from, else in the order of the file."""
     sound: list[SoundCell] = []
     seen: dict[str, str] = {}  # what cannot be in the graph, as JSON -> what it is called
 
@@ -227,10 +230,12 @@ def _look_up_all(sweep: Sweep, sources: Sources, vectors: VectorTasks, graph: Gr
         found = look_up(named(cell), key, sources, vectors)
         if found is not None:
             sound.append(SoundCell(index, cell, found))
-            graph.add(sound[-1])
         else:
             note_twin(cell.model_dump_json(exclude={"label"}), repr(cell.label))
     for faulty in sweep.faulty:
         look_up(faulty.named, faulty.key, sources, vectors)
         note_twin(faulty.content, faulty.block)
+    sound.sort(key=lambda one: depth_of(sweep.parents, one.index))
+    for one in sound:
+        graph.add(one)
     return sound

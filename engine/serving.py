@@ -12,7 +12,8 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank take
 
 
 def vllm_commands(results: Results) -> list[str]:
-    """One command per base. Runs that are not trained yet are left out; raises ConfigError if none is.
+    """One command per base. Runs that are not trained yet are left out, and so are those whose adapter stands on a base
+    with other adapters merged into it (``merged_runs``); raises ConfigError if none is left.
 
     ``--generation-config vllm``: else the server would apply the model's own top-p and penalties, which shape the
     distribution beside the temperature.
@@ -23,6 +24,7 @@ def vllm_commands(results: Results) -> list[str]:
             entry.run_id: entry
             for entry in results.manifest.runs
             if entry.kind == "run"
+            and not entry.merged
             and (results.root / adapter_key(entry.run_id) / "adapter_config.json").is_file()
             and _base(entry) == _base(base)
         }
@@ -42,8 +44,24 @@ def vllm_commands(results: Results) -> list[str]:
             commands.append(command)
     if not commands:
         message = "no run of this sweep is trained yet; `shiftgrad run` trains them, also while no server is there"
-        raise ConfigError([Fault(results.name, message)], "nothing can be served")
+        raise ConfigError([Fault(results.name, merged_runs(results) or message)], "nothing can be served")
     return commands
+
+
+def merged_runs(results: Results) -> str | None:
+    """Which trained runs cannot be served beside the others, and what they need; None if there are none."""
+    labels = [
+        repr(entry.label)
+        for entry in results.manifest.runs
+        if entry.merged and (results.root / adapter_key(entry.run_id) / "adapter_config.json").is_file()
+    ]
+    if not labels:
+        return None
+    return (
+        f"left out: {', '.join(labels)}. Their adapters belong on the base with the adapters of earlier runs merged "
+        "into it. For a server of its own write the whole model: "
+        "results.load_model(RUN)[0].merge_and_unload().save_pretrained(FOLDER)"
+    )
 
 
 def _base(entry: RunEntry) -> tuple[object, ...]:

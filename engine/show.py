@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pandas as pd
@@ -22,7 +22,7 @@ from engine.prepare import Prepared
 from engine.run import pending_answers, pending_jobs, pending_judge_tasks
 from engine.smoke import WHAT
 from engine.store import Store
-from engine.tasks import AnswersJob, JudgeTask, VectorJob
+from engine.tasks import AnswersJob, JudgeTask, RunJob, VectorJob
 from trainables.errors import StoreError
 
 _ENOUGH_CHARACTERS = 20  # a longer value can be read in a column of this width
@@ -74,6 +74,8 @@ def plan_table(prepared: Prepared) -> Table:
         elif isinstance(job, AnswersJob):
             done = job.id not in pending and not {task.id for task in _judged_of(job, prepared)} & unjudged
             table.add_row(Text(job.label), job.id, _done(done), *_numbers(_answers_cost(job, prepared)))
+    for job in _only_trained(prepared):
+        table.add_row(Text(job.label), job.id, _done(job.id not in pending), *_numbers(_training_cost(job, prepared)))
     for entry in prepared.asked:
         done = entry.run_id not in pending and not set(entry.judge_ids.values()) & unjudged
         numbers = _numbers(prepared.costs[entry.label])
@@ -116,12 +118,13 @@ def _planned_measurements(prepared: Prepared, pending: Set[str]) -> tuple[list[l
 
 
 def total_cost(prepared: Prepared) -> Cost:
-    """What the rows asked for and their vectors take together.
+    """What the rows asked for, their vectors and the runs that they start from take together.
 
     Rows that differ in their evaluation alone share the training.
     """
     entries = [(entry, prepared.costs[entry.label]) for entry in prepared.asked]
-    trainings = {entry.run_id: cost for entry, cost in entries}.values()
+    trainings = list({entry.run_id: cost for entry, cost in entries}.values())
+    trainings += [_training_cost(job, prepared) for job in _only_trained(prepared)]
     asked = [_answers_cost(job, prepared) for job in prepared.jobs.values() if isinstance(job, AnswersJob)]
     samples = {entry.sample_id: cost.num_answers for entry, cost in entries}
     judged = {judge_id: cost.num_answers for entry, cost in entries for judge_id in entry.judge_ids.values()}
@@ -131,6 +134,17 @@ def total_cost(prepared: Prepared) -> Cost:
         num_answers=sum(samples.values()) + sum(cost.num_answers for cost in asked),
         num_judgements=sum(judged.values()) + sum(cost.num_judgements for cost in asked),
     )
+
+
+def _only_trained(prepared: Prepared) -> list[RunJob]:
+    """Runs that are not asked for (``--only``), and that some of those start from: they are trained, no more."""
+    asked = {entry.run_id for entry in prepared.asked}
+    return [job for job in prepared.jobs.values() if isinstance(job, RunJob) and job.id not in asked]
+
+
+def _training_cost(job: RunJob, prepared: Prepared) -> Cost:
+    label = next(entry.label for entry in prepared.manifest.runs if entry.run_id == job.id)
+    return replace(prepared.costs[label], num_answers=0, num_judgements=0)
 
 
 def _judged_of(job: AnswersJob, prepared: Prepared) -> list[JudgeTask]:

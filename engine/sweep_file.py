@@ -17,7 +17,7 @@ from typing import Any
 from analysis.measurements import MeasurementConfig
 from analysis.results import Results
 from analysis.vectors import VectorConfig
-from engine.cells import SECTIONS, UNLABELLED, Cells, FaultyCell, build_cells, cell_key
+from engine.cells import SECTIONS, Cells, FaultyCell, build_cells, cell_key
 from engine.conditions import Conditions, expand_conditions
 from engine.config_faults import format_path, nearest, show, validate
 from engine.endpoints import DEFAULT_ENDPOINT, EndpointConfig, endpoint_faults
@@ -26,6 +26,7 @@ from engine.labels import unique_labels
 from engine.merging import Merged
 from engine.named import without_faults
 from engine.overrides import apply_overrides
+from engine.parents import Placed, find_parents, name_of
 from engine.sweep_models import (
     Cell,
     EvaluationConfig,
@@ -39,7 +40,6 @@ from engine.yaml_text import read_yaml
 from trainables.base_model import BaseConfig
 from trainables.chat_data import DataConfig
 from trainables.config import Config, NamesVector, Path, marked
-from trainables.defenses import defense_label
 from trainables.errors import ConfigError, Fault, Interrupted
 
 __all__ = [
@@ -69,6 +69,7 @@ class Sweep:
     conditions: Conditions
     raw: dict[str, Any]
     merged: tuple[Merged, ...] = field(repr=False, compare=False)  # per cell: where its parts stand in the file
+    parents: tuple[int | None, ...] = ()  # per cell: the one that it starts from
     faulty: tuple[FaultyCell, ...] = field(default=(), repr=False, compare=False)  # empty in a sweep without faults
     overrides: tuple[str, ...] = ()
 
@@ -151,10 +152,12 @@ def check_sweep(path: str | FilePath, overrides: Sequence[str] = ()) -> tuple[Sw
     faults = misplaced + [
         fault for fault in faults if not any(fault.key == key or fault.key.startswith(f"{key}.") for key in keys)
     ]
-    labels = unique_labels(
-        [defense_label(cell.defense) if cell.label == UNLABELLED else cell.label for cell in cells],
-        [cell.model_dump(exclude={"label"}) for cell in cells],
+    labels = unique_labels([name_of(cell) for cell in cells], [cell.model_dump(exclude={"label"}) for cell in cells])
+    parents, parent_faults = find_parents(
+        [Placed(*placed) for placed in zip(cells, labels, built.merged, built.varied, strict=True)],
+        unknown=[_said_label(cell) for cell in built.faulty],
     )
+    faults += parent_faults
     sweep = Sweep(
         name=frame.name if frame else show(file.get("name")),
         path=path,
@@ -168,6 +171,7 @@ def check_sweep(path: str | FilePath, overrides: Sequence[str] = ()) -> tuple[Sw
         measure=dict(frame.measure) if frame else _sound_measurements(file),
         raw=raw,
         merged=tuple(built.merged),
+        parents=parents,
         faulty=tuple(built.faulty),
         overrides=tuple(overrides),
     )
@@ -217,6 +221,12 @@ def _faults_without_runs(file: Mapping[str, Any]) -> list[Fault]:
             _, found = validate(model, given)
             faults += [Fault(f"{name}.{fault.key}" if fault.key else name, fault.message) for fault in found]
     return faults
+
+
+def _said_label(cell: FaultyCell) -> str | None:
+    """The label of a faulty cell where its block gives one."""
+    label = cell.merged.data.get("label")
+    return label if isinstance(label, str) else None
 
 
 def _mapping(file: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from trainables.config import AddedLater, Config
 from trainables.deepspeed_driver import ZeroStage
 from trainables.defenses import Item
 from trainables.sample import SamplingConfig
+from trainables.start_from import StartFrom
 from trainables.training_config import TrainingConfig
 
 
@@ -61,6 +62,14 @@ def _no_bool(value: object) -> object:
     return value
 
 
+def _start(value: object) -> object:
+    """``none`` is the base alone, as nothing is."""
+    if isinstance(value, str) and value != NONE:
+        raise ValueError(f"must be none or {{run: ..., adapter: continue or merge}}; got {value!r}")
+    return None if value == NONE else value
+
+
+NONE = "none"
 Name: TypeAlias = Annotated[str, AfterValidator(_name)]
 MetricName: TypeAlias = Annotated[str, AfterValidator(_identifier)]
 Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
@@ -119,6 +128,8 @@ class Cell(Config):
     """Parts of ``data`` that are different here."""
     defense: tuple[Item, ...]  # the file's `none` is (), a single item is a tuple of one
     """What is present in training and absent afterwards: ``none``, one item, or a list of items that act together."""
+    start_from: Annotated[StartFrom | None, BeforeValidator(_start)] = None
+    """The run whose model this one starts from. ``none``: the base."""
     training: TrainingConfig
     """Parts of ``training`` that are different here."""
     evaluation: EvaluationConfig

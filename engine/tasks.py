@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
 from analysis.judges import MetricConfig
-from analysis.manifest import RunEntry, run_key, tensors_key, vector_key
+from analysis.manifest import run_key, tensors_key, vector_key
 from analysis.measurements import MeasurementConfig
 from analysis.tables import table_key
 from analysis.vectors import VectorConfig
@@ -39,6 +39,29 @@ def task_id(recipe: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+class Start(Config):
+    """What a training starts from, by the ids of earlier trainings: the base with the adapters of ``merged`` merged
+    into it, in order, and with the adapter of ``continued`` to go on with (None: a new one)."""
+
+    merged: tuple[str, ...] = ()
+    continued: str | None = None
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """All these trainings."""
+        return self.merged if self.continued is None else (*self.merged, self.continued)
+
+    def of_child(self, parent_id: str, adapter: Literal["continue", "merge"]) -> Start:
+        """What a child of a training with this start starts from. A continued adapter is whole: it holds what was
+        learned in it before."""
+        if adapter == "continue":
+            return Start(merged=self.merged, continued=parent_id)
+        return Start(merged=(*self.merged, parent_id))
+
+
+FROM_BASE = Start()
+
+
 class TrainTask(Config):
     """One training. ``defense`` names vectors by task id and holds prompt banks as texts."""
 
@@ -49,6 +72,7 @@ class TrainTask(Config):
     defense: tuple[Item, ...]
     training: TrainingConfig
     seed: int
+    start: Start = FROM_BASE
 
     @staticmethod
     def identity(
@@ -58,7 +82,10 @@ class TrainTask(Config):
         defense: tuple[Item, ...],
         training: TrainingConfig,
         seed: int,
+        start: Start = FROM_BASE,
     ) -> dict[str, Any]:
+        """What comes from another run has the ids of its ancestors in it; what starts from the base has not even the
+        field, as it was before there was one."""
         micro = training.micro_batch_size or training.batch_size
         update: dict[str, object] = {"micro_batch_size": min(micro, training.batch_size)}
         if training.max_steps is not None:
@@ -79,7 +106,7 @@ class TrainTask(Config):
             "defense": [recipe_of(item) | {"semantics": item.semantics} for item in defense],
             "training": recipe_of(settled),
             "seed": seed,
-        }
+        } | ({"start": recipe_of(start)} if start != FROM_BASE else {})
 
     def vector_ids(self) -> tuple[str, ...]:
         """Tasks that make the vectors of this training's defense, and those that it watches."""
@@ -234,7 +261,16 @@ class RunJob(Config):
 
     @property
     def parents(self) -> tuple[str, ...]:
-        return () if self.train is None else self.train.vector_ids()
+        return () if self.train is None else (*self.train.start.ids, *self.train.vector_ids())
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Trainings whose adapters are merged into the base that this run's adapter is on."""
+        return () if self.train is None else self.train.start.merged
+
+    def bare(self) -> RunJob:
+        """The training alone, as what rests on it needs it."""
+        return self.model_copy(update={"samples": (), "losses": ()})
 
     def tasks(self) -> tuple[tuple[str, str], ...]:
         """Ids of what the job does, in order, each with the key of what it makes."""
@@ -269,6 +305,7 @@ class MeasureJob(Config):
     vector_ids: tuple[str, ...]
     name: str  # the measurement's in the sweep
     run: str  # label
+    merged: tuple[str, ...] = ()  # as in the run's job
 
     @staticmethod
     def identity(
@@ -322,54 +359,6 @@ class MergeJob(Config):
 
 
 Job: TypeAlias = AnswersJob | VectorJob | RunJob | MeasureJob | MergeJob
-
-
-def part_of(jobs: Mapping[str, Job], rows: Sequence[RunEntry]) -> dict[str, Job]:
-    """What of a sweep's ``jobs`` some of its rows need, in the same order: their runs and bases, of those the
-    evaluations of ``rows`` alone, their measurements, and the vectors that all this rests on."""
-    part: dict[str, Job] = {}
-    for row in rows:
-        job = jobs[row.run_id]
-        assert isinstance(job, RunJob)
-        same = [other for other in rows if other.run_id == row.run_id]
-        samples, losses = {other.sample_id for other in same}, {other.plain_loss_id for other in same}
-        part[job.id] = job.model_copy(
-            update={
-                "label": same[0].label,
-                "samples": tuple(sample for sample in job.samples if sample.id in samples),
-                "losses": tuple(loss for loss in job.losses if loss.id in losses),
-            }
-        )
-    asked = set(part)
-    part |= {job.id: job for job in jobs.values() if isinstance(job, MeasureJob) and job.run_id in asked}
-    part |= {
-        job.id: job
-        for job in jobs.values()
-        if isinstance(job, MergeJob) and all(shard in part for shard in job.shard_ids)
-    }
-    return with_parents(jobs, part)
-
-
-def measurements_of(jobs: Mapping[str, Job], table: str | None = None) -> dict[str, Job]:
-    """What of a sweep's ``jobs`` its measurements need, in the same order: trainings of runs that are measured, without
-    sampling from them, and vectors. ``table``: of those measurements alone that make this table."""
-    part: dict[str, Job] = {
-        job.id: job
-        for job in jobs.values()
-        if isinstance(job, MeasureJob | MergeJob)
-        and table in (None, *job.measurement.tables, *job.measurement.merged_tables)
-    }
-    needed = with_parents(jobs, part)
-    bare: dict[str, object] = {"samples": (), "losses": ()}
-    return {job_id: job.model_copy(update=bare) if isinstance(job, RunJob) else job for job_id, job in needed.items()}
-
-
-def with_parents(jobs: Mapping[str, Job], part: Mapping[str, Job]) -> dict[str, Job]:
-    """``part`` of ``jobs`` with all that it rests on, in the order of ``jobs``."""
-    needed = [parent for job in part.values() for parent in job.parents]
-    for parent in needed:  # grows by the parents of parents
-        needed += part.get(parent, jobs[parent]).parents
-    return {job_id: part.get(job_id, job) for job_id, job in jobs.items() if job_id in part or job_id in needed}
 
 
 def base_run_id(base: ResolvedBase) -> str:

@@ -8,12 +8,13 @@ import resource
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from analysis.losses import response_losses
 from analysis.manifest import adapter_key, log_key, run_key, vector_key
@@ -31,22 +32,31 @@ from trainables.checkpoint import NO_CHECKPOINTS, CheckpointSettings
 from trainables.deepspeed_driver import ZeroStage
 from trainables.defenses import Message
 from trainables.errors import StoreError
-from trainables.lora import load_adapter
+from trainables.lora import ADAPTER_WEIGHTS, load_adapter
 from trainables.memory import release_memory
 from trainables.rows import GenerationRow, SignalRow, TrainingRow
 from trainables.sample import Question, sample_answers
+from trainables.start_from import merged_base
 from trainables.train import RunResult, RunSpec, train_pack
 from trainables.tune_trainable import Report
 
 _loaded: dict[str, LoadedBase] = {}  # one base per process: trials reuse the process, and loading costs seconds
+_merged: dict[tuple[str, ...], LoadedBase] = {}  # at most one: that base with adapters merged, for jobs in a row
 
 
 def _base(resolved: ResolvedBase, device: torch.device) -> LoadedBase:
     key = resolved.model_dump_json()
     if key not in _loaded:
+        _merged.clear()
         _loaded.clear()
         _loaded[key] = load_base(resolved, device)
     return _loaded[key]
+
+
+def _base_name(task: TrainTask) -> str:
+    """What the adapter belongs on, as its files say it: nobody must take it for an adapter of the base alone."""
+    merged = task.start.merged
+    return f"{task.base.model} with the adapters of {', '.join(merged)} merged" if merged else task.base.model
 
 
 def _utc_now() -> str:
@@ -146,8 +156,27 @@ class SweepWork:
         if not all(self.store.exists(key) for key in job.outputs()):
             do()
 
+    def _base(self, resolved: ResolvedBase, merged: Sequence[str] = ()) -> LoadedBase:
+        """The base, with the adapters of these trainings merged into a copy of it."""
+        base = _base(resolved, torch.device(self.device))
+        key = (resolved.model_dump_json(), *merged)
+        if key not in _merged:
+            _merged.clear()
+            if merged:
+                _merged[key] = merged_base(base, [self._adapter(train_id) for train_id in merged])
+        return _merged.get(key, base)
+
+    def _adapter(self, train_id: str) -> Path:
+        key = adapter_key(train_id)
+        if not self.store.is_complete(key):
+            raise StoreError(
+                f"{key} is not in the store, though its training is done; remove {run_key(train_id)} from the store "
+                "and run the sweep again to train it anew"
+            )
+        return self.store.path(key)
+
     def _measure(self, job: MeasureJob, report: Report) -> None:
-        base = _base(job.base, torch.device(self.device))
+        base = self._base(job.base, job.merged)
         model = base.model
         if not job.is_base:
             model = load_adapter(base.fresh(), self.store.path(adapter_key(job.run_id)), job.run_id)
@@ -155,7 +184,7 @@ class SweepWork:
 
     def _answers(self, job: AnswersJob, report: Report) -> None:
         if not self.store.exists(table_key("generations", job.sample.id)):
-            base = _base(job.base, torch.device(self.device))
+            base = self._base(job.base)
             self._sample(base.model, base, job.sample, job.run_id, StoreSink(self.store, job.run_id, report))
 
     def _run_and_log(self, job: RunJob, sink: StoreSink) -> None:
@@ -166,7 +195,7 @@ class SweepWork:
             raise
 
     def _run(self, job: RunJob, sink: StoreSink) -> None:
-        base = _base(job.base, torch.device(self.device))
+        base = self._base(job.base, job.merged)
         model = base.model
         if job.train is not None:
             adapter = adapter_key(job.id)
@@ -210,6 +239,10 @@ class SweepWork:
     def _train(self, job: RunJob, task: TrainTask, base: LoadedBase, sink: StoreSink) -> Any:
         started = _utc_now()
         sink.log(f"training starts: {job.label}")
+        start = task.start
+        if start.ids:
+            how = "and goes on with it" if start.continued is not None else "merged, with a new adapter"
+            sink.log(f"it starts from the adapter of {start.ids[-1]}, {how}")
         vectors = {name: Vector.read(self.store.path(vector_key(name))).values for name in task.vector_ids()}
         spec = RunSpec(
             train_id=task.id,
@@ -219,7 +252,8 @@ class SweepWork:
             vectors=vectors,
             training=task.training,
             seed=task.seed,
-            base_name=task.base.model,
+            base_name=_base_name(task),
+            adapter=None if start.continued is None else load_file(self._adapter(start.continued) / ADAPTER_WEIGHTS),
         )
         try:
             model, (result,) = train_pack(
@@ -300,7 +334,7 @@ class _Making:
 
     @property
     def base(self) -> LoadedBase:
-        return _base(self.job.base, torch.device(self.work.device))
+        return self.work._base(self.job.base)
 
     def rows(self, content: str) -> list[list[Message]]:
         return self.work.rows(content)

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""What PEFT calls the file with an adapter's values."""
+
+
 class LoraSettings(Config):
     """Shape of the adapter (arXiv 2106.09685): W + (alpha / rank) B A on the named linear modules of every block."""
 

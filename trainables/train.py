@@ -31,6 +31,7 @@ from trainables.randomness import permutation
 from trainables.rows import RunSink, SignalRow, TrainingRow
 from trainables.schedule import learning_rate_factor, num_warmup_steps
 from trainables.signals import Watch
+from trainables.start_from import begin_with
 from trainables.step import StepLosses, StepOf, backward_passes
 from trainables.training_config import TrainingConfig, has_diverged, num_optimizer_steps
 
@@ -47,6 +48,7 @@ class RunSpec:
     training: TrainingConfig
     seed: int
     base_name: str = ""
+    adapter: Mapping[str, torch.Tensor] | None = None  # saved values to go on with; None: A drawn by the seed, B zero
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,8 @@ def train_pack(
     model: Any = base.fresh()
     for spec in specs:
         model = add_adapter(model, spec.train_id, spec.training.lora, spec.seed)
+        if spec.adapter is not None:
+            begin_with(model, spec.train_id, spec.adapter)
     plain = any(run.is_second_order for run in runs)  # of second order: only PyTorch's own operations will do
     if plain:
         model.get_base_model().set_attn_implementation("eager")

@@ -22,6 +22,7 @@ FROZEN = ("epochs", "batch_size", "micro_batch_size", "learning_rate", "schedule
         ("inoculation_bank", 1 + 4 + 4 + 3 + 2, "inoculation random_sentences"),
         ("lora_rank", 4 * 4, None),
         ("penalties", 1 + 6 + 3 + 1 + 2 + 1, "block bridge"),
+        ("pre_post", 2 + 4 + 4 + 8, "pps bridge L20 x1.5 after heavy train=medium"),
     ],
 )
 def test_the_file_is_sound(name: str, num_runs: int, some: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,4 +38,5 @@ def test_the_file_is_sound(name: str, num_runs: int, some: str | None, monkeypat
     }
     assert settings == (2.0, 8, 2, 1e-3, "linear"), "those of the quickstart, for every defense"
     undefended = {entry.run_id for entry in quickstart.manifest.runs if entry.label == "none"}
-    assert undefended & {entry.run_id for entry in runs}, "shared with the quickstart: not trained twice"
+    shares_data = name != "pre_post"
+    assert bool(undefended & {entry.run_id for entry in runs}) is shares_data, "with the quickstart: not trained twice"

@@ -15,7 +15,7 @@ import engine.run
 from analysis.results import load
 from analysis.vectors import Vector
 from engine.ask import Steer, ask
-from engine.look import find_run
+from engine.look import find_run, status_view
 from engine.machine import Machine
 from engine.prepare import prepare
 from engine.progress import LineProgress
@@ -30,12 +30,16 @@ DIVERGING = """\
     defense: none
     training: {learning_rate: 1.0e+30, max_gradient_norm: null, max_steps: 4}
 """
+CHILDREN = """\
+  - {label: child, defense: none, start_from: {run: none, adapter: merge}}
+  - {label: unborn, defense: none, start_from: {run: diverging, adapter: continue}}
+"""
 
 
 @pytest.fixture(scope="module")
 def sweep_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("a tiny sweep")
-    return write_tiny_sweep(folder, runs=RUNS + DIVERGING, extra="execution: {trials: 2}")
+    return write_tiny_sweep(folder, runs=RUNS + DIVERGING + CHILDREN, extra="execution: {trials: 2}")
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +58,9 @@ def summary(outcome: Outcome) -> pd.DataFrame:
 
 
 def test_every_sound_run_is_done_and_scored(summary: pd.DataFrame) -> None:
-    sound = summary.drop(index="diverging")
+    sound = summary.drop(index=["diverging", "unborn"])
     assert summary.index[0] == "base"
-    assert len(sound) == 5
+    assert len(sound) == 6
     assert set(sound["status"]) == {"done"}
     assert (sound["trait_num_scored"] == 8).all()
     assert (sound["degeneration_num_scored"] == 8).all()
@@ -65,13 +69,22 @@ def test_every_sound_run_is_done_and_scored(summary: pd.DataFrame) -> None:
 
 def test_a_diverging_run_fails_alone_and_says_why(outcome: Outcome, summary: pd.DataFrame) -> None:
     assert summary.loc["diverging", "status"] == "failed"
-    (failure,) = outcome.failures.values()
-    (run_id,) = outcome.failures
+    run_id, _ = outcome.failures
+    failure = outcome.failures[run_id]
     assert failure.kind == "failed"
     assert f"run {run_id}, step" in failure.reason
     assert "TrainingError" in failure.log_tail[-1]
     failures = outcome.results.failures()
-    assert list(failures["run"]) == ["diverging"]
+    assert list(failures["run"]) == ["diverging", "unborn"]
+
+
+def test_a_run_that_starts_from_it_is_skipped_and_says_why(outcome: Outcome, summary: pd.DataFrame) -> None:
+    assert summary.loc["unborn", "status"] == "skipped"
+    runs = outcome.results.runs().set_index("run")
+    assert runs.loc["unborn", "reason"] == "needs diverging, which failed"
+    console = Console(file=io.StringIO(), width=120)
+    console.print(status_view(outcome.results))
+    assert "needs diverging, which failed" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_progress_says_what_happens(outcome: Outcome, printed: io.StringIO) -> None:
@@ -133,8 +146,8 @@ def test_a_second_run_does_only_what_is_missing(
 
     monkeypatch.setattr(engine.run, "_work", note)
     run_sweep(sweep_file, console=Console(file=io.StringIO()))
-    assert asked == [["diverging"]]
-    assert load(sweep_file.parent / "results" / "sweeps" / "tiny").summary()["status"].tolist().count("done") == 5
+    assert asked == [["diverging", "unborn"]]
+    assert load(sweep_file.parent / "results" / "sweeps" / "tiny").summary()["status"].tolist().count("done") == 6
 
 
 def test_a_sweep_with_everything_done_starts_no_ray(

@@ -221,16 +221,24 @@ class TestLabels:
             "none trait.trait=bridge more.trait=bridge",
         ]
 
-    def test_a_long_value_is_left_out_where_a_short_one_tells_the_same(self, files: Files) -> None:
+    def test_files_are_short_and_a_long_value_is_left_out_where_a_short_one_tells_the_same(self, files: Files) -> None:
         long = "a_folder_of_mine/and_another_one/{}.jsonl"
-        by_seed = [{"defense": "none", "data": {"train": long.format(seed)}, "seed": seed} for seed in (0, 1)]
+        by_seed: list[dict[str, Any]] = [
+            {"defense": "none", "data": {"train": long.format(seed)}, "seed": seed} for seed in (0, 1)
+        ]
         assert labels(files.load(minimal(runs=by_seed))) == ["none seed=0", "none seed=1"]
         alone = [*by_seed, {"defense": "none", "data": {"train": long.format(1)}, "seed": 2}]
         assert labels(files.load(minimal(runs=alone))) == [
-            f"none train={long.format(0)} seed=0",
-            f"none train={long.format(1)} seed=1",
-            f"none train={long.format(1)} seed=2",
+            "none train=0 seed=0",
+            "none train=1 seed=1",
+            "none train=1 seed=2",
         ]
+        same_stem = [
+            {**run, "data": {"train": f"a_folder_of_mine/{place}/rows.jsonl"}} for place, run in enumerate(alone)
+        ]
+        assert labels(files.load(minimal(runs=[*same_stem, {**same_stem[0], "seed": 2}])))[0] == (
+            "none train=a_folder_of_mine/0/rows.jsonl seed=0"
+        )
 
     def test_own_labels_replace_the_defense(self, files: Files) -> None:
         runs = [{"defense": "none", "label": "plain"}, {"defense": PPS, "label": "steered"}]
