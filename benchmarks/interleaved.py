@@ -108,7 +108,7 @@ class Ratio:
         return "goal missed" if self.low > goal else f"not resolved at n = {self.num_pairs}"
 
     def line(self, goal: float | None = None) -> str:
-        text = f"{self.name:<24}{self.median:7.3f}   95 % interval {self.low:.3f} to {self.high:.3f}"
+        text = f"{self.name:<30}{self.median:7.3f}   95 % interval {self.low:.3f} to {self.high:.3f}"
         return text if goal is None else f"{text}   goal <= {goal:g}: {self.verdict(goal)}"
 
 

@@ -1,13 +1,15 @@
 """What shiftgrad costs beyond the mathematics, on the embedded model and the quickstart's data.
 
     python benchmarks/overhead.py [--pairs 20] [--quick]
+    python benchmarks/overhead.py --methods-only [--methods pps,attenuate,...]
 
 Prints a table and, as its last line, one JSON object. Ratios have the median and the 95 % interval of the pairs.
 
 step_over_plain     one optimizer step of ``train_pack`` over one of a plain transformers + PEFT + AdamW loop on the
                     same rows and micro-batches, taken in turn; both trainings must have the same losses.
 step_over_trainer   the same against Hugging Face's Trainer; trainer_over_plain the Trainer against the plain loop.
-pps_over_none       one step with the defense ``pps`` (layer 20) over one without a defense.
+<method>_over_none  one step with each training method (methods.py: ``pps``, edits, penalties, ...) over one without a
+                    defense, all taken in turn in one run.
 sweep_over_work     wall time of `shiftgrad run` of four short runs and the base in an empty store, from the start of
                     its process to its end, over the seconds that its trials logged for training steps, sampling and
                     plain losses, divided by the number of trials side by side. 1 would be a sweep with no start, no
@@ -34,15 +36,12 @@ from pathlib import Path
 
 import torch
 from interleaved import Clock, Ratio, interleave
+from methods import NONE, methods, vectors
 from sweeps import SweepTimes, time_sweep
-from training_steps import SEED, Contender, Setting, hugging_face_trainer, ours, plain
-
-from trainables.defenses import Pps
-from trainables.randomness import generator
+from training_steps import Contender, Setting, hugging_face_trainer, ours, plain
 
 WARMUP = 2
-LAYER = 20
-GOALS = {"step_over_plain": 0.80, "pps_over_none": 1.02}
+GOALS = {"step_over_plain": 0.80}
 # Losses of the same mathematics in other orders of summation. float32: 1e-6 in a step, and AdamW, which divides by the
 # size of a gradient, enlarges differences where it is small; 20 steps stay far below 1e-3. bfloat16 has 3 digits.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
@@ -54,10 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     print(f"{_processor()}, {torch.get_num_threads()} thread; {device}; torch {torch.__version__}", flush=True)
     figures: dict[str, float] = {}
-    for ratio in (*steps(device, options), *steering(device, options)):
-        print(ratio.line(GOALS.get(ratio.name)), flush=True)
-        figures |= {ratio.name: ratio.median, f"{ratio.name}_low": ratio.low, f"{ratio.name}_high": ratio.high}
-    if not options.no_sweep:
+
+    def tell(ratio: Ratio, goal: float | None) -> None:
+        print(ratio.line(goal), flush=True)
+        figures.update({ratio.name: ratio.median, f"{ratio.name}_low": ratio.low, f"{ratio.name}_high": ratio.high})
+
+    if not options.methods_only:
+        for ratio in steps(device, options):
+            tell(ratio, GOALS.get(ratio.name))
+    for ratio, goal in against_none(device, options):
+        tell(ratio, goal)
+    if not options.no_sweep and not options.methods_only:
         times = sweep(options)
         figures |= {"sweep_over_work": times.ratio, "resume_noop_s": times.resume_s}
     print(json.dumps({key: round(value, 4) for key, value in figures.items()}))
@@ -79,18 +85,23 @@ def steps(device: torch.device, options: argparse.Namespace) -> list[Ratio]:
     return ratios
 
 
-def steering(device: torch.device, options: argparse.Namespace) -> list[Ratio]:
-    """A step under preventative steering against one without a defense."""
+def against_none(device: torch.device, options: argparse.Namespace) -> list[tuple[Ratio, float | None]]:
+    """A step with every method against one without a defense, with the goal."""
     setting = Setting.load(device, options.pairs + WARMUP, options.model)
     config = setting.base.model.config
-    vector = torch.randn(config.num_hidden_layers + 1, config.hidden_size, generator=generator("benchmark", SEED))
-    layer = min(LAYER, config.num_hidden_layers)
-    defense = [Pps(vector="random", layer=layer, coefficient=0.1)]
-    contenders = [ours("pps", setting, defense, {"random": vector}), ours("none", setting)]
+    known = methods(config.num_hidden_layers)
+    names = list(known) if options.methods is None else [name for name in options.methods.split(",") if name]
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"--methods: no method {unknown[0]!r}; allowed: {', '.join(known)}")
+    if not names:
+        return []
+    both = vectors(config.num_hidden_layers, config.hidden_size)
+    contenders = [ours(NONE, setting), *(ours(name, setting, known[name].defense, both) for name in names)]
     seconds = _interleave(contenders, device, options.pairs)
-    if contenders[0].losses == contenders[1].losses:
-        raise RuntimeError("steering changed no loss: it was not there")
-    return [Ratio.of("pps_over_none", seconds["pps"], seconds["none"])]
+    for contender in contenders[1:]:
+        if contender.losses == contenders[0].losses:
+            raise RuntimeError(f"{contender.stepper.name} changed no loss: it was not there")
+    return [(Ratio.of(f"{name}_over_none", seconds[name], seconds[NONE]), known[name].goal) for name in names]
 
 
 def _interleave(contenders: Sequence[Contender], device: torch.device, num_pairs: int) -> dict[str, list[float]]:
@@ -98,7 +109,7 @@ def _interleave(contenders: Sequence[Contender], device: torch.device, num_pairs
     seconds = dict(interleave([one.stepper for one in contenders], num_pairs, clock, WARMUP))
     for name, taken in seconds.items():
         middle = sorted(taken)[len(taken) // 2]
-        print(f"{name:<24}{middle:7.3f} s a step ({clock.name}, median of {len(taken)})", flush=True)
+        print(f"{name:<30}{middle:7.3f} s a step ({clock.name}, median of {len(taken)})", flush=True)
     return seconds
 
 
@@ -122,10 +133,10 @@ def sweep(options: argparse.Namespace) -> SweepTimes:
             num_resumes=1 if options.quick else 5,
         )
     print(
-        f"{'sweep_over_work':<24}{times.ratio:7.3f}   {times.wall_s:.1f} s for {times.work_s:.1f} s of work in "
+        f"{'sweep_over_work':<30}{times.ratio:7.3f}   {times.wall_s:.1f} s for {times.work_s:.1f} s of work in "
         f"{times.num_jobs} jobs, {times.side_by_side} side by side"
     )
-    print(f"{'resume_noop_s':<24}{times.resume_s:7.3f}   {times.resume_cpu_s:.1f} s of CPU time", flush=True)
+    print(f"{'resume_noop_s':<30}{times.resume_s:7.3f}   {times.resume_cpu_s:.1f} s of CPU time", flush=True)
     return times
 
 
@@ -136,6 +147,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", default="embedded:smollm2-135m-instruct")
     parser.add_argument("--no-trainer", action="store_true", help="leave out Hugging Face's Trainer")
+    parser.add_argument("--methods", help="training methods to compare with none, by commas; without it: all")
+    parser.add_argument("--methods-only", action="store_true", help="nothing but the training methods")
     parser.add_argument("--no-sweep", action="store_true", help="leave out the sweep and its resumption")
     options = parser.parse_args(arguments)
     if options.quick:

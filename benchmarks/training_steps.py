@@ -24,7 +24,7 @@ from trainables.chat_data import ChatEncoder, DataConfig, Encoded, encode_all
 from trainables.defenses import DefenseConfig
 from trainables.lora import LoraSettings, adapter_parameters, add_adapter, linear_module_names
 from trainables.randomness import permutation
-from trainables.rows import TrainingRow
+from trainables.rows import SignalRow, TrainingRow
 from trainables.train import RunSpec, train_pack
 from trainables.training_config import TrainingConfig
 
@@ -89,6 +89,8 @@ class _PausingSink:
 
     def training(self, row: TrainingRow) -> None:
         self.losses.append(row.loss)
+
+    def signal(self, row: SignalRow) -> None: ...
 
     def adapter(self, train_id: str, folder: Path) -> None: ...
 

@@ -5,12 +5,22 @@ from __future__ import annotations
 import importlib
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import torch
 
+from trainables.defenses import DefenseConfig, Pps, defense_faults
+from trainables.shapes import ModelShape, VectorShape
+
 ROOT = Path(__file__).resolve().parent.parent
+
+MODEL = ModelShape(4, 8, 100)
+SHAPES = {name: VectorShape(4, 8, "pre_norm") for name in ("one", "other")}
+
+
+class _Unmeasured(DefenseConfig):
+    kind: Literal["unmeasured"] = "unmeasured"
 
 
 @pytest.fixture
@@ -82,3 +92,15 @@ def test_the_clock_of_a_cpu_counts_work_alone(interleaved: Any, monkeypatch: pyt
     monkeypatch.setattr("time.process_time", lambda: 12.5)
     assert clock() == 12.5
     assert clock.name == "CPU time"
+
+
+def test_every_kind_of_defense_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    methods = importlib.import_module("methods")
+    found = methods.methods(4)
+    both = methods.vectors(4, 8)
+    assert all(item.mechanism(both) for method in found.values() for item in method.defense)
+    assert not [fault for method in found.values() for fault in defense_faults(method.defense, MODEL, SHAPES)]
+    monkeypatch.setattr(methods, "Item", Annotated[Pps | _Unmeasured, "as the real one is written"])
+    with pytest.raises(RuntimeError, match="of the kinds unmeasured"):
+        methods.methods(4)
