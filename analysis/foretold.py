@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from analysis.manifest import DEGENERATION, MeasureEntry, RunEntry
+from analysis.manifest import DEGENERATION, Manifest, MeasureEntry, RunEntry
 from analysis.predictions import Held, held
 
 if TYPE_CHECKING:
     from analysis.results import Results
 
-OUTCOMES = ("trained", "metric", "outcome", "outcome_error", "outcome_low", "outcome_high", "defended")
-"""``trained``: the run; ``outcome``: the metric of the undefended run minus that of the run, so positive means that
-less of the trait was learnt; ``defended``: its 95 % interval lies above 0."""
+_SCORES = ("score", "undefended_score", "outcome", "outcome_error", "outcome_low", "outcome_high")
+OUTCOMES = ("trained", "undefended", "metric", *_SCORES, "defended")
+"""``trained``: the run; ``undefended``: the run that it is compared with; ``score``: its mean of the metric;
+``outcome``: that of the undefended run minus that of the run, so positive means that less of the trait was learnt;
+``defended``: its 95 % interval lies above 0."""
 
 
 def foretold(results: Results) -> pd.DataFrame:
@@ -34,12 +37,11 @@ def foretold(results: Results) -> pd.DataFrame:
         entry = entries[prediction["measurement"]]
         row = {str(key): value for key, value in prediction.items()}
         row |= {"data": data_name(entry), "trait": row["vector"], **dict.fromkeys(OUTCOMES)}
-        found = [run for run in results.manifest.runs if _is_of(run, entry, str(row["condition"]))]
-        rows += [row | _outcome(run, entry, summary[run.label]) for run in found] or [row]
+        found = runs_of(results.manifest, entry, str(row["condition"]))
+        rows += [row | _outcome(run, entry, summary) for run in found] or [row]
     names = [*predictions.columns, "data", "trait", *OUTCOMES]
     frame = pd.DataFrame(rows, columns=names)
-    numbers = ["outcome", "outcome_error", "outcome_low", "outcome_high"]
-    return frame.astype(dict.fromkeys(numbers, "float64"))
+    return frame.astype(dict.fromkeys(_SCORES, "float64"))
 
 
 def data_name(entry: MeasureEntry) -> str:
@@ -65,6 +67,10 @@ def ranking(frame: pd.DataFrame, layer: int | None = None) -> pd.DataFrame:
         cosine_with=("cosine_with", "mean"),
         loss_gap=("loss_gap", "mean"),
         projection_difference=("projection_difference", "mean"),
+        undefended=("undefended", "first"),
+        metric=("metric", "first"),
+        score=("score", "first"),
+        undefended_score=("undefended_score", "first"),
         outcome=("outcome", "first"),
         outcome_error=("outcome_error", "first"),
         outcome_low=("outcome_low", "first"),
@@ -94,24 +100,38 @@ def how_it_held(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["score", *Held.__dataclass_fields__])
 
 
-def _is_of(run: RunEntry, entry: MeasureEntry, condition: str) -> bool:
-    """Whether a run has this candidate as its defense and was trained on the data that the measurement read."""
-    data = entry.config.get("data")
-    trained_on = run.config.get("data.train")
+def runs_of(manifest: Manifest, entry: MeasureEntry, condition: str) -> list[RunEntry]:
+    """The runs that have this condition as their defense, trained on the data that the measurement read, from the base
+    that it read it with; none of a measurement of a trained model."""
+    base = next((run.config for run in manifest.runs if run.kind == "base" and run.run_id == entry.run_id), None)
+    if base is None:
+        return []
+    data, trained_on = entry.config.get("data"), "data.train"
     if isinstance(data, dict):
-        trained_on = run.config.get("data.train.hub")
-        data = data.get("hub")
-    return run.kind == "run" and run.config.get("defense") == condition and trained_on == data
+        data, trained_on = data.get("hub"), "data.train.hub"
+    wanted = {"defense": condition, trained_on: data} | {name: base[name] for name in base if name.startswith("base.")}
+    return [
+        run
+        for run in manifest.runs
+        if run.kind == "run" and all(run.config.get(name) == value for name, value in wanted.items())
+    ]
 
 
-def _outcome(run: RunEntry, entry: MeasureEntry, row: dict[Any, Any]) -> dict[str, Any]:
-    metric = entry.config.get("metric") or next(iter(run.judge_ids), DEGENERATION)
+def metric_of(run: RunEntry, entry: MeasureEntry) -> str:
+    """The metric that shows the trait: the one that the measurement names, else the run's first by name."""
+    named = entry.config.get("metric")
+    return named if isinstance(named, str) else min(run.judge_ids.keys() - {DEGENERATION}, default=DEGENERATION)
+
+
+def _outcome(run: RunEntry, entry: MeasureEntry, summary: Mapping[str, Mapping[Any, Any]]) -> dict[str, Any]:
+    metric, row = metric_of(run, entry), summary[run.label]
+    found = {"trained": run.label, "metric": metric, "score": row.get(metric)}
     name = f"{metric}_vs_undefended"
     if name not in row or math.isnan(row[name]):
-        return {"trained": run.label, "metric": metric}
-    return {
-        "trained": run.label,
-        "metric": metric,
+        return found
+    return found | {
+        "undefended": row["undefended"],
+        "undefended_score": summary[row["undefended"]][metric],
         "outcome": -row[name],
         "outcome_error": row[f"{name}_se"],
         "outcome_low": -row[f"{name}_high"],

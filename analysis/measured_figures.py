@@ -52,33 +52,39 @@ def cosine_by_layer(gradients: pd.DataFrame, *, vectors: Sequence[str], width: W
 
 
 def cross_trait_curves(gradients: pd.DataFrame, *, width: Width) -> Drawn | None:
-    """Figure 5: columns data, steering (texts), coefficient, layer, cosine (along the trait of the data). A panel per
-    data and steering vector, a curve per coefficient."""
-    means = summarised(gradients, ["data", "steering", "coefficient", "layer"], "cosine")
-    means = means.sort_values(["data", "steering", "coefficient", "layer"], kind="stable")
-    means["panel"] = means["data"] + " data, pps " + means["steering"]
+    """Figure 5: columns measurement and series (texts), coefficient, layer, cosine (the data's trait). A panel
+    per measurement and series, a curve per coefficient."""
+    means = summarised(gradients, ["measurement", "series", "coefficient", "layer"], "cosine")
+    means["panel"] = means["measurement"] + ": " + means["series"]
+    means = means.sort_values("coefficient", kind="stable")
+    means["panel"] = pd.Categorical(means["panel"], list(dict.fromkeys(means["panel"])))
     means["series"] = [f"coefficient {value:g}" for value in means["coefficient"]]
     points = means.rename(columns={"layer": "x"})
     return curves(points, x_label="layer", y_label="cosine along the data's trait", width=width, zero=True)
 
 
 def coefficient_curves(
-    gradients: pd.DataFrame, losses: pd.DataFrame, *, vector: str, layer: int, width: Width
+    gradients: pd.DataFrame,
+    losses: pd.DataFrame,
+    scores: pd.DataFrame | None = None,
+    *,
+    vector: str,
+    layer: int,
+    width: Width,
 ) -> Drawn | None:
-    """Figure 4c: both tables with columns series and coefficient. Loss, and cosine with ``vector`` at ``layer``."""
+    """Figure 4c, and with ``scores`` 4d beside it: all tables with columns series and coefficient. Loss, cosine with
+    ``vector`` at ``layer``, and what trained runs scored (columns metric, value, error)."""
     chosen = gradients[(gradients["vector"] == vector) & (gradients["layer"] == layer)]
     loss = summarised(losses, ["series", "coefficient"], "loss_mean").assign(panel="loss (nats/token)")
     cosine = summarised(chosen, ["series", "coefficient"], "cosine").assign(
         panel=f"cosine with {vector}, layer {layer}"
     )
-    points = pd.concat([loss, cosine]).rename(columns={"coefficient": "x"})
-    return curves(points, x_label="coefficient", y_label="mean over rows", width=width, shared_y=False)
-
-
-def trait_by_coefficient(outcomes: pd.DataFrame, *, trait: str, width: Width) -> Drawn | None:
-    """Figure 4d: columns series, coefficient, value, error: a score of trained runs beside the coefficient they had."""
-    points = outcomes.rename(columns={"coefficient": "x", "value": "y"}).assign(panel=f"{trait} after training")
-    return curves(points, x_label="coefficient", y_label=trait, width=width)
+    parts = [loss, cosine]
+    if scores is not None and len(scores):
+        panels = [f"{metric} after training" for metric in scores["metric"]]
+        parts.append(scores.assign(panel=panels).rename(columns={"value": "y"}))
+    points = pd.concat(parts).rename(columns={"coefficient": "x"})
+    return curves(points, x_label="coefficient", y_label="mean", width=width, shared_y=False, shared_x=True)
 
 
 def signature(similarities: pd.DataFrame, *, layers: Sequence[int], width: Width) -> Drawn | None:
@@ -191,12 +197,13 @@ def foreseen_and_found(
     return named_points(points, x_label=words.get(score, score), y_label=words.get(outcome, outcome), width=width)
 
 
-def cross_trait_matrix(cells: pd.DataFrame, *, is_rate: bool, width: Width) -> Drawn | None:
-    """Figure 5's numbers: columns defense, data, value and, for several quantities side by side, panel."""
-    points = cells.rename(columns={"defense": "row", "data": "column"})
-    if "panel" not in points:
-        points = points.assign(panel="")
-    return matrix(points, row_label="defense", column_label="trained on", width=width, is_rate=is_rate)
+def cross_trait_matrix(
+    cells: pd.DataFrame, *, width: Width, scales: Mapping[str, tuple[float, float]] | None = None
+) -> Drawn | None:
+    """Figure 5's numbers: columns candidate, measurement, value and panel (the quantity). ``scales``: the least and
+    greatest value that a quantity can have."""
+    points = cells.rename(columns={"candidate": "row", "measurement": "column"})
+    return matrix(points, row_label="defense", column_label="data", width=width, scales=scales)
 
 
 def _pairs(table: pd.DataFrame, keys: Sequence[str], value: str, reference: str) -> pd.DataFrame:

@@ -7,7 +7,7 @@ Every function takes a table with the columns that it names and gives None where
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,9 +59,11 @@ def curves(
     width: Width,
     zero: bool = False,
     shared_y: bool = True,
+    shared_x: bool = False,
 ) -> Drawn | None:
     """Columns panel, series, x, y, error (standard error; NaN: none). Means with a band of 1.96 errors; ``zero`` draws
-    the line at 0. ``shared_y``: all panels have one scale; else each panel's title says what its scale is."""
+    the line at 0. ``shared_y``: all panels have one scale; else each panel's title says what its scale is.
+    ``shared_x``: all panels show the same x."""
     found = points.dropna(subset=["y"])
     if found.empty:
         return None
@@ -90,6 +92,8 @@ def curves(
                     **marker,
                 )
             axes.xaxis.set_major_locator(MaxNLocator(6))
+            if shared_x:
+                axes.set_xlim(*_padded(found["x"].to_numpy(dtype=float)))
         _labels(figure, x_label, y_label)
         _legend(figure, looks, width, line=True)
         return drawn(figure)
@@ -117,10 +121,18 @@ def named_points(points: pd.DataFrame, *, x_label: str, y_label: str, width: Wid
         return drawn(figure)
 
 
-def matrix(cells: pd.DataFrame, *, row_label: str, column_label: str, width: Width, is_rate: bool) -> Drawn | None:
+def matrix(
+    cells: pd.DataFrame,
+    *,
+    row_label: str,
+    column_label: str,
+    width: Width,
+    scales: Mapping[str, tuple[float, float]] | None = None,
+) -> Drawn | None:
     """Columns panel, row, column, value (texts, texts, numbers): squares that are darker for more, with their number.
 
-    ``is_rate``: from 0 to 1 in every panel; else a panel's own range, symmetric about 0 where both signs are there.
+    ``scales``: least and greatest possible value by panel; without one a panel's own range, symmetric about 0 where
+    both signs are there.
     """
     found = cells.dropna(subset=["value"])
     if found.empty:
@@ -128,19 +140,21 @@ def matrix(cells: pd.DataFrame, *, row_label: str, column_label: str, width: Wid
     rows, columns = list(dict.fromkeys(cells["row"])), list(dict.fromkeys(cells["column"]))
     with style(width):
         height = 0.55 + 0.32 * len(rows) + 0.11 * max(len(wrapped(column, 14).split("\n")) for column in columns)
-        figure, all_axes, panels = _grid(found, width, height=height, per_row=2 if width == "page" else 1)
-        for axes, panel in zip(all_axes, panels, strict=True):
+        per_row = 2 if width == "page" else 1
+        figure, all_axes, panels = _grid(found, width, height=height, per_row=per_row)
+        for number, (axes, panel) in enumerate(zip(all_axes, panels, strict=True)):
             part = found[found["panel"] == panel]
             table = part.pivot_table(index="row", columns="column", values="value", aggfunc="mean")
             values = table.reindex(index=rows, columns=columns).to_numpy()
-            low, high = (0.0, 1.0) if is_rate else _range(values)
+            low, high = (scales or {}).get(panel) or _range(values)
+            decimals = max(0, 2 - math.floor(math.log10(max(abs(low), abs(high)))))  # three digits of the largest
             axes.imshow(values, cmap="Greys", vmin=low, vmax=high + 0.35 * (high - low), aspect="auto")
             for (row, column), value in np.ndenumerate(values):
-                text = "–" if math.isnan(value) else f"{value:.2f}" if is_rate else f"{value:.3g}"
+                text = "–" if math.isnan(value) else f"{value:.{decimals}f}"
                 dark = not math.isnan(value) and (value - low) / (high - low) > 0.75
                 axes.text(column, row, text, ha="center", va="center", color="white" if dark else INK, fontsize=7)
             axes.set_xticks(range(len(columns)), [wrapped(column, 14) for column in columns])
-            axes.set_yticks(range(len(rows)), [wrapped(row, 20) for row in rows])
+            axes.set_yticks(range(len(rows)), ["" if number % per_row else wrapped(row, 24) for row in rows])
             axes.tick_params(length=0)
             axes.grid(False)
         _labels(figure, column_label, row_label)

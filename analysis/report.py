@@ -29,7 +29,7 @@ from analysis.report_content import (
     seed_rows,
     summary_rows,
 )
-from analysis.report_measurements import held_block, measurement_sections
+from analysis.report_measurements import measurement_sections, sweep_blocks
 from analysis.results import Results
 from trainables.errors import StoreError
 
@@ -65,8 +65,8 @@ def write_report(results: Results, folder: Path) -> Path:
         )
         if figure is not None
     }
-    measurements, held = measurement_sections(results), held_block(results)
-    blocks = [block for section in measurements for block in section.blocks]
+    measurements, together = measurement_sections(results), sweep_blocks(results)
+    blocks = [*(block for section in measurements for block in section.blocks), *together]
     drawn |= {(block.name, width): figure for block in blocks for width, figure in block.drawn.items()}
     statuses = dict(zip(runs["run"], runs["status"], strict=True))
     page = (
@@ -86,7 +86,7 @@ def write_report(results: Results, folder: Path) -> Path:
             over_seeds=seed_rows(over_seeds, panels, entries),
             figures={name: _embedded(drawn, name) for name in ("outcomes", "over_seeds", "training")},
             measurements=measurements,
-            held=held,
+            together=together,
             measured_figures={block.name: _embedded(drawn, block.name) for block in blocks if block.drawn},
             steps_per_point=steps_per_point(training),
             loss_limit=loss_limit(training),

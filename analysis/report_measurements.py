@@ -13,13 +13,14 @@ from functools import partial
 import pandas as pd
 
 from analysis import measured_figures as figures
+from analysis.cross_trait import cross_trait, cross_trait_gradients
 from analysis.figure_style import Drawn, Width
 from analysis.foretold import foretold, how_it_held, ranking
 from analysis.manifest import MeasureEntry
-from analysis.measurements.conditions import condition_label
 from analysis.report_content import NO_VALUE
 from analysis.results import Results
 from analysis.rows import NO_CONDITION
+from analysis.steering_strength import scores_by_coefficient, with_coefficients
 
 WIDTHS: tuple[Width, ...] = ("page", "column")
 _MAX_LAYERS = 3
@@ -60,18 +61,54 @@ def measurement_sections(results: Results) -> list[Section]:
     return sections
 
 
-def held_block(results: Results) -> Block | None:
-    """How well all predictions of the sweep held; None while no run has had a candidate as its defense."""
-    held = how_it_held(foretold(results))
+def sweep_blocks(results: Results) -> list[Block]:
+    """What is shown of all predictions of the sweep together: across traits, and how well they held."""
+    predictions = foretold(results)
+    return [*_crossed(results, predictions), *_held(predictions)]
+
+
+def _crossed(results: Results, predictions: pd.DataFrame) -> Iterator[Block]:
+    """Figure 5: every candidate on the data of every trait; nothing where the data is of one trait."""
+    table = cross_trait(predictions)
+    if table.empty:
+        return
+    axes = dict(zip(table["measurement"], zip(table["data"], table["trait"], strict=True), strict=True))
+    read = "; ".join(f"{name}: {data}, along {trait}" for name, (data, trait) in axes.items())
+    yield from _drawn(
+        "cross_trait_curves",
+        "Across traits: the cosine over layers",
+        f"Mean over rows of the gradient's cosine with the vector of the trait that the data teaches ({read}). A "
+        "vector that lifts the curve is foreseen to keep that trait away, whichever trait it was made of.",
+        partial(figures.cross_trait_curves, cross_trait_gradients(results)),
+    )
+    metrics = list(dict.fromkeys(table["metric"].dropna()))
+    foreseen, found = "foreseen: shift of the cosine", f"found: {', '.join(metrics)} after training"
+    parts = [table.assign(panel=foreseen, value=table["shift"])]
+    if table["score"].notna().any():
+        parts.append(table.assign(panel=found, value=table["score"]))
+    scales = {scale for run in results.manifest.runs for name, scale in run.scales.items() if name in metrics}
+    yield from _drawn(
+        "cross_trait_matrix",
+        "Across traits: foreseen and found",
+        f"Each candidate (row) on each data ({read}). Shift: how much it raises the cosine of the gradient, mean over "
+        "the layers read; above 0 less of the trait should be learnt. Found: the score of the runs trained with it, "
+        "undefended ones on top; – is not known (yet).",
+        partial(figures.cross_trait_matrix, pd.concat(parts), scales={found: scales.pop()} if len(scales) == 1 else {}),
+    )
+
+
+def _held(predictions: pd.DataFrame) -> Iterator[Block]:
+    """How well all predictions held; nothing while no run has had a candidate as its defense."""
+    held = how_it_held(predictions)
     if held.empty:
-        return None
+        return
     rows = []
     for row in held.to_dict("records"):
         rank = _interval(row["rank_correlation"], row["rank_low"], row["rank_high"])
         pooled = _interval(row["pooled_r"], row["pooled_low"], row["pooled_high"])
         numbers = (str(row["num_candidates"]), rank, _number(row["rank_p"], ".3f"), pooled, _number(row["auc"], ".2f"))
         rows.append((str(row["score"]), *numbers))
-    return Block(
+    yield Block(
         "held",
         "How well the predictions held",
         "Each score of a candidate against what its run then kept away (the metric of the undefended run minus that of "
@@ -134,42 +171,28 @@ def _blocks(results: Results, entry: MeasureEntry) -> Iterator[Block]:
         curves = with_coefficients(gradients, entry)
         if curves["coefficient"].nunique() > 2:  # nothing, and two more
             layer = layers[-1] if len(layers) < 2 else layers[1]
+            scores = scores_by_coefficient(results, entry)
+            beside = " and what runs with them scored" if len(scores) else ""
             yield from _drawn(
                 f"{stem}_coefficients",
-                f"Loss and cosine over coefficients{where}",
-                "Means over rows with their standard errors; a curve per way of steering.",
+                f"Loss and cosine over coefficients{beside}{where}",
+                "Means over rows of the data with 95 % bands; a curve per way of steering."
+                + (
+                    " Last, the runs that were trained with that steering, coefficient 0 being the undefended run: "
+                    "means over answers, with the error over questions (and seeds, where there are several)."
+                    if beside
+                    else ""
+                ),
                 partial(
                     figures.coefficient_curves,
                     curves,
                     with_coefficients(losses, entry),
+                    scores,
                     vector=trait,
                     layer=layer,
                 ),
             )
     yield from _further(table, entry, stem, where)
-
-
-def with_coefficients(frame: pd.DataFrame, entry: MeasureEntry) -> pd.DataFrame:
-    """The rows of steered conditions with ``coefficient`` and ``series`` (the same steering at any coefficient). Those
-    with nothing present are coefficient 0 of every series."""
-    known: dict[str, tuple[str, float]] = {}
-    for given in entry.config.get("conditions") or entry.config.get("candidates") or ():
-        if isinstance(given.get("coefficient"), int | float):
-            label = condition_label(given)
-            known[label] = (label.rpartition(" x")[0], float(given["coefficient"]))
-    steered = frame[frame["condition"].isin(known)]
-    parts = [
-        steered.assign(
-            series=[known[name][0] for name in steered["condition"]],
-            coefficient=[known[name][1] for name in steered["condition"]],
-        )
-    ]
-    plain = frame[frame["condition"] == NO_CONDITION]
-    if len(plain):
-        parts += [
-            plain.assign(series=series, coefficient=0.0) for series in dict.fromkeys(s for s, _ in known.values())
-        ]
-    return pd.concat(parts, ignore_index=True)
 
 
 def _further(table: Callable[[str], pd.DataFrame], entry: MeasureEntry, stem: str, where: str) -> Iterator[Block]:

@@ -30,7 +30,7 @@ def partners_of(entries: Sequence[RunEntry]) -> dict[str, Partner]:
     undefended = [entry for entry in entries if is_undefended(entry)]
     by_settings: dict[frozenset[tuple[str, str]], list[str]] = {}
     for entry in undefended:
-        by_settings.setdefault(_key(_settings(entry)), []).append(entry.label)
+        by_settings.setdefault(_key(settings_of(entry)), []).append(entry.label)
     return {entry.label: _partner(entry, by_settings, undefended) for entry in entries}
 
 
@@ -49,23 +49,23 @@ def _partner(
         )
     if is_undefended(entry):
         return Partner(None, ITSELF)
-    labels = by_settings.get(_key(_settings(entry)), [])
+    labels = by_settings.get(_key(settings_of(entry)), [])
     if len(labels) == 1:
         return Partner(labels[0], None)
     if labels:
         return Partner(None, f"several undefended runs have the same settings: {', '.join(labels)}")
     if not undefended:
         return Partner(None, "the sweep has no undefended run")
-    settings = _settings(entry)
-    nearest = min(undefended, key=lambda other: len(differing([settings, _settings(other)])))
-    fields = ", ".join(differing([settings, _settings(nearest)]))
+    settings = settings_of(entry)
+    nearest = min(undefended, key=lambda other: len(differing([settings, settings_of(other)])))
+    fields = ", ".join(differing([settings, settings_of(nearest)]))
     return Partner(
         None, f"no undefended run has the same settings; the nearest, {nearest.label!r}, differs in {fields}"
     )
 
 
-def _settings(entry: RunEntry) -> dict[str, Scalar]:
-    """Everything but the defense."""
+def settings_of(entry: RunEntry) -> dict[str, Scalar]:
+    """Every field of a row of the sweep but those of its defense."""
     return {name: value for name, value in entry.config.items() if name.partition(".")[0] != "defense"}
 
 

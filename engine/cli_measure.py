@@ -76,7 +76,7 @@ def predict(
     if csv:
         ranking(frame, layer).to_csv(sys.stdout, index=False)
     else:
-        console.print(predict_view(frame, layer))
+        console.print(predict_view(frame, outcome.results.manifest.runs, layer))
     finish(console, outcome)
 
 

@@ -1,27 +1,34 @@
-"""Predictions in a terminal: the ranking of candidates, and once there are runs how well it held."""
+"""Predictions in a terminal: the ranking of candidates, alone and across traits, and how well it held."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from analysis.cross_trait import cross_trait
 from analysis.foretold import how_it_held, ranking
+from analysis.manifest import RunEntry
+from engine.labels import unique_labels
 from engine.show import number_column, plain_table
 
 NOTHING = "-"
 
 
-def predict_view(frame: pd.DataFrame, layer: int | None = None) -> RenderableType:
-    """``frame`` is that of ``analysis.foretold.foretold``."""
+def predict_view(frame: pd.DataFrame, runs: Sequence[RunEntry] = (), layer: int | None = None) -> RenderableType:
+    """``frame`` is that of ``analysis.foretold.foretold``, ``runs`` are the rows of the sweep."""
     if frame.empty:
         return Text("there are no predictions yet")
     ranked = ranking(frame, layer)
     parts: list[RenderableType] = []
     for _, rows in ranked.groupby("measurement", sort=False):
-        parts += [*_ranked(rows, layer), ""]
+        parts += [*_ranked(rows, _short_names(rows, runs), layer), ""]
+    crossed = cross_trait(frame, layer)
+    if len(crossed):
+        parts += [*_crossed(crossed), ""]
     held = how_it_held(frame)
     if len(held):
         parts += _held(held)
@@ -30,7 +37,14 @@ def predict_view(frame: pd.DataFrame, layer: int | None = None) -> RenderableTyp
     return Group(*parts)
 
 
-def _ranked(rows: pd.DataFrame, layer: int | None) -> list[RenderableType]:
+def _short_names(rows: pd.DataFrame, runs: Sequence[RunEntry]) -> list[str]:
+    """What the candidates of one measurement are called: with what tells apart several runs that had one of them, and
+    without what all of these share, such as the data."""
+    configs = {run.label: run.config for run in runs}
+    return unique_labels(list(rows["condition"]), [configs.get(label, {}) for label in rows["trained"]])
+
+
+def _ranked(rows: pd.DataFrame, names: Sequence[str], layer: int | None) -> list[RenderableType]:
     first = rows.iloc[0]
     where = "mean over the layers read" if layer is None else f"layer {layer}"
     title = f"{first['measurement']}: data {first['data']}, cosine along {first['trait']}, {where}"
@@ -42,8 +56,7 @@ def _ranked(rows: pd.DataFrame, layer: int | None) -> list[RenderableType]:
     headings += ["projec-\ntion"] * has_difference + ["kept away\n[95 %]"] * has_outcome
     for heading in headings:
         number_column(table, heading)
-    for row in rows.to_dict("records"):
-        name = str(row["trained"] or row["condition"])
+    for name, row in zip(names, rows.to_dict("records"), strict=True):
         cells = [_number(row["shift"], "+.4f"), f"{row['least_shift']:+.3f} {row['greatest_shift']:+.3f}"]
         cells.append(_number(row["loss_gap"], "+.3f"))
         cells += [_number(row["projection_difference"], "+.2f")] * has_difference
@@ -55,6 +68,29 @@ def _ranked(rows: pd.DataFrame, layer: int | None) -> list[RenderableType]:
     if has_outcome:
         notes += " kept away: the metric of the undefended run minus that of the run."
     return [Text(title, style="bold"), table, Text(notes, style="dim")]
+
+
+def _crossed(crossed: pd.DataFrame) -> list[RenderableType]:
+    """Candidates in rows, data in columns: what was foreseen, and what was found once there are runs."""
+    table = plain_table()
+    table.add_column("candidate", overflow="fold")
+    has_score = bool(crossed["score"].notna().any())
+    by_data = list(crossed.groupby("measurement", sort=False))
+    for measurement, rows in by_data:
+        number_column(table, f"{measurement}\nshift")
+        if has_score:
+            number_column(table, f"\n{next(iter(rows['metric'].dropna()), 'score')}")
+    for candidate in dict.fromkeys(crossed["candidate"]):
+        cells = [str(candidate)]
+        for _, rows in by_data:
+            found = rows[rows["candidate"] == candidate]
+            cells.append(_number(found["shift"].mean(), "+.4f"))
+            cells += [_number(found["score"].mean(), ".2f")] * has_score
+        table.add_row(*(Text(cell) for cell in cells))
+    parts: list[RenderableType] = [Text("across traits: each candidate on each data", style="bold"), table]
+    if has_score:
+        parts.append(Text("under a metric: its mean over the runs that were trained with the candidate", style="dim"))
+    return parts
 
 
 def _held(held: pd.DataFrame) -> list[RenderableType]:

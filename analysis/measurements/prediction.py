@@ -56,7 +56,8 @@ class PredictionMeasurement(BaseMeasurement):
     """Length of the model's own greedy answer to each row's question, for the projection difference: data minus own
     answer along a candidate's vector. 0: none is sampled and there is no such column."""
     metric: str | None = Field(default=None, min_length=1)
-    """The metric of the evaluation that shows the trait; outcomes of runs are compared by it. null: the first."""
+    """The metric of the evaluation that shows the trait; outcomes of runs are compared by it. null: the first
+    by name."""
 
     def faults(self, model: ModelShape, vectors: Mapping[str, VectorShape]) -> Iterable[tuple[Path, str]]:
         for path, message in readout_faults(self.layers, (*self.vectors, self.trait), model, vectors):

@@ -26,7 +26,6 @@ from analysis.measured_figures import (
     loss_scatter,
     projection_by_layer,
     signature,
-    trait_by_coefficient,
     vector_cosines,
 )
 
@@ -70,23 +69,24 @@ CANDIDATES = pd.DataFrame(
     }
 )
 
+SCORES = pd.DataFrame({"series": "evil", "coefficient": [0, 2], "metric": "trait", "value": [0.5, 0.25], "error": 0.1})
+CELLS = table(candidate=["none", "pps"], measurement=["a", "b"])
+
 FIGURES: dict[str, Callable[[Width], Drawn | None]] = {
     "cosine_scatter": lambda width: cosine_scatter(GRADIENTS, vector="evil", layers=[2, 3], width=width),
     "loss_scatter": lambda width: loss_scatter(LOSSES, width=width),
     "cosine_by_layer": lambda width: cosine_by_layer(GRADIENTS, vectors=["evil", "random"], width=width),
     "cross_trait_curves": lambda width: cross_trait_curves(
-        table(data=["a", "b"], steering=["a", "b"], coefficient=[0.0, 1.5], layer=[1, 2], row=[0, 1], cosine=None),
+        table(measurement=["a", "b"], series=["a", "b"], coefficient=[0.0, 1.5], layer=[1, 2], row=[0, 1], cosine=None),
         width=width,
     ),
     "coefficient_curves": lambda width: coefficient_curves(
         table(series=["evil"], coefficient=[0, 1, 2], row=[0, 1], layer=[2], vector=["evil"], cosine=None),
         table(series=["evil"], coefficient=[0, 1, 2], row=[0, 1], loss_mean=None),
+        SCORES,
         vector="evil",
         layer=2,
         width=width,
-    ),
-    "trait_by_coefficient": lambda width: trait_by_coefficient(
-        table(series=["evil"], coefficient=[0, 1, 2], value=None, error=None), trait="evil", width=width
     ),
     "signature": lambda width: signature(
         table(layer=[2, 10], coefficient=[0.0, 1.0], row=[0, 1], cosine=None), layers=[2, 10], width=width
@@ -99,8 +99,13 @@ FIGURES: dict[str, Callable[[Width], Drawn | None]] = {
     "projection_by_layer": lambda width: projection_by_layer(PROJECTIONS, vector="evil", base="base", width=width),
     "foreseen_and_found": lambda width: foreseen_and_found(CANDIDATES, score="shift", outcome="kept away", width=width),
     "cross_trait_matrix": lambda width: cross_trait_matrix(
-        table(defense=["none", "pps"], data=["a", "b"]).assign(value=[0.0, 1.0, 0.25, np.nan]),
-        is_rate=True,
+        pd.concat(
+            [
+                CELLS.assign(panel="foreseen", value=[0.0, -0.0215, 0.004, np.nan]),
+                CELLS.assign(panel="found", value=[0.0, 1.0, 0.25, np.nan]),
+            ]
+        ),
+        scales={"found": (0.0, 1.0)},
         width=width,
     ),
 }
@@ -196,7 +201,18 @@ def test_series_differ_without_colour(figures: list[Any]) -> None:
 
 def test_a_matrix_names_its_numbers_and_what_is_missing(figures: list[Any]) -> None:
     FIGURES["cross_trait_matrix"]("page")
-    assert [text.get_text() for text in figures[0].axes[0].texts] == ["0.00", "1.00", "0.25", "–"]
+    foreseen, found = ([text.get_text() for text in axes.texts] for axes in figures[0].axes)
+    assert foreseen == ["0.0000", "-0.0215", "0.0040", "–"], "three digits of the largest"
+    assert found == ["0.00", "1.00", "0.25", "–"]
+
+
+def test_scores_of_runs_stand_beside_the_curves_over_coefficients(figures: list[Any]) -> None:
+    FIGURES["coefficient_curves"]("page")
+    loss, cosine, score = figures[0].axes
+    assert score.get_title(loc="left") == "trait after training"
+    assert points_of(score) == [[0, 0.5, 2, 0.25]]
+    assert loss.get_xlim() == cosine.get_xlim() == score.get_xlim()
+    assert loss.get_ylim() != score.get_ylim()
 
 
 def test_nothing_to_draw_is_none() -> None:
