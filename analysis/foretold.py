@@ -102,7 +102,7 @@ def how_it_held(frame: pd.DataFrame) -> pd.DataFrame:
 
 def runs_of(manifest: Manifest, entry: MeasureEntry, condition: str) -> list[RunEntry]:
     """The runs that have this condition as their defense, trained on the data that the measurement read, from the base
-    that it read it with; none of a measurement of a trained model."""
+    that it read it with (not from another run); none of a measurement of a trained model."""
     base = next((run.config for run in manifest.runs if run.kind == "base" and run.run_id == entry.run_id), None)
     if base is None:
         return []
@@ -113,7 +113,9 @@ def runs_of(manifest: Manifest, entry: MeasureEntry, condition: str) -> list[Run
     return [
         run
         for run in manifest.runs
-        if run.kind == "run" and all(run.config.get(name) == value for name, value in wanted.items())
+        if run.kind == "run"
+        and all(run.config.get(name) == value for name, value in wanted.items())
+        and not any(name.startswith("start_from") for name in run.config)
     ]
 
 

@@ -15,7 +15,7 @@ import torch
 
 from analysis.conditions import Condition
 from trainables.base_model import LoadedBase
-from trainables.chat_data import ChatEncoder, Encoded, PaddedBatch, encode_all, pad
+from trainables.chat_data import ChatEncoder, Encoded, PaddedBatch, pad
 from trainables.defenses import Message, RunRows
 from trainables.errors import DataError
 from trainables.loss import token_losses
@@ -70,16 +70,17 @@ def aligned_items(
     if len(set(names)) < len(names):
         raise ValueError(f"conditions need different names, not {names}")
     numbers = range(len(rows)) if row_numbers is None else row_numbers
-    encoded, kept = encode_all(rows, ChatEncoder(base.tokenizer, max_length), False)
-    assert kept == list(range(len(rows)))
-    whole = ChatEncoder(base.tokenizer, sys.maxsize)
+    cutting, whole = (ChatEncoder(base.tokenizer, length) for length in (max_length, sys.maxsize))
     groups = []
-    for number, messages, plain in zip(numbers, rows, encoded, strict=True):
+    for number, messages in zip(numbers, rows, strict=True):
+        plain = _proved(cutting, messages, number)
+        if not any(plain.response_mask):
+            raise DataError(f"row {number + 1} has its whole response beyond max_length={max_length} tokens")
         read = []
         for condition in conditions:
             row = plain
             if condition.changes_messages:
-                row = _like(plain, whole.encode(condition.rewrite(messages, number), prove=True), number, condition)
+                row = _like(plain, _proved(whole, condition.rewrite(messages, number), number), number, condition)
             read.append(_until_last_response(row))
         num_shared = _common_ending([row.input_ids for row in read])
         groups.append(
@@ -89,6 +90,13 @@ def aligned_items(
             ]
         )
     return groups
+
+
+def _proved(encoder: ChatEncoder, messages: Sequence[Message], number: int) -> Encoded:
+    try:
+        return encoder.encode(messages, prove=True)
+    except DataError as error:
+        raise DataError(f"row {number + 1}: {error}") from error
 
 
 def _measured(row: Encoded, positions: Positions, num_shared: int) -> tuple[bool, ...]:

@@ -63,10 +63,13 @@ class MeasureTasks:
         self.entries: list[MeasureEntry] = []
         self._encodings: dict[tuple[str, str], tuple[Any, int, int, int]] = {}
 
-    def add_all(self, bases: Sequence[Target], runs: Sequence[Target], *, smoke: bool = False) -> None:
+    def add_all(
+        self, bases: Sequence[Target], runs: Sequence[Target], unsound: Sequence[Target] = (), *, smoke: bool = False
+    ) -> None:
         """Find what every measurement names and make its jobs; faults go to the sources' list.
 
-        ``bases`` and ``runs`` are the sound ones of the sweep, each once.
+        ``bases`` and ``runs`` are the sound ones of the sweep, each once. ``unsound``: the bases of runs that have
+        faults; what does not fit them is told where there is nothing sound to measure.
         """
         data = without_faults(DataConfig, _mapping(self.sweep.raw.get("data")))
         for name, config in self.sweep.measure.items():
@@ -77,7 +80,10 @@ class MeasureTasks:
             max_length = DataConfig.model_fields["max_length"].default if max_length is None else max_length
             prompts, banks = self._prompts(config, name)
             self._check_vector_names(config, name)
-            for target in self._targets(config, key, bases, runs):
+            targets = self._targets(config, key, bases, runs)
+            for target in () if targets else (bases or unsound):
+                self._check(config, name, target)
+            for target in targets:
                 sound = self._check(config, name, target)
                 if sound and content is not None and prompts is not None:
                     self._add(name, config, key, target, content, max_length, prompts, banks)
@@ -90,11 +96,12 @@ class MeasureTasks:
                 self.sources.faults.append(Fault(f"{key}.on", "the file has no runs; write base"))
             return [*(bases if config.on != "runs" else ()), *(runs if config.on != "base" else ())]
         by_label = {target.label: target for target in (*bases, *runs)}
+        unsound = {cell.label for cell in self.sweep.cells}
         found = []
         for position, label in enumerate(config.on):
             if label in by_label:
                 found.append(by_label[label])
-            elif not self.sweep.faulty:  # what a faulty cell is called is not known
+            elif label not in unsound and not self.sweep.faulty:  # what a faulty cell is called is not known
                 message = f"no run {show(label)}; {nearest(label, by_label)}"
                 self.sources.faults.append(Fault(f"{key}.on[{position}]", message))
         return found
@@ -269,6 +276,17 @@ def base_targets(
     config = without_faults(BaseConfig, _mapping(sweep.raw.get("base")))
     base = sources.base(config, "base") if config is not None else None
     return [] if base is None else [Target(BASE, base_run_id(base[0]), *base, True)]
+
+
+def unsound_targets(sweep: Sweep, sources: Sources) -> list[Target]:
+    """The bases that cells with faults name, as far as they can be found; those of sound cells are among them."""
+    configs = [*(cell.base for cell in sweep.cells), *(faulty.named.base for faulty in sweep.faulty)]
+    found = {}
+    for config in configs:
+        base = sources.base(config, "base") if config is not None else None  # its faults have been noted
+        if base is not None:
+            found[base_run_id(base[0])] = Target(BASE, base_run_id(base[0]), *base, True)
+    return list(found.values())
 
 
 def _mapping(value: object) -> dict[str, Any]:

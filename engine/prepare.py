@@ -25,7 +25,7 @@ from engine.machine import (
     num_trials_beside,
     resource_faults,
 )
-from engine.measure_tasks import MeasureCost, MeasureTasks, Target, base_targets
+from engine.measure_tasks import MeasureCost, MeasureTasks, Target, base_targets, unsound_targets
 from engine.named import named
 from engine.only import parse, select
 from engine.parents import depth_of
@@ -188,7 +188,7 @@ def _measures(
         Target(job.label, job.id, job.base, graph.shapes[job.id], False, job.merged) for job in graph.run_jobs.values()
     ]
     bases = base_targets(sweep, sources, graph.base_jobs.values(), graph.shapes)
-    measures.add_all(bases, runs, smoke=smoke)
+    measures.add_all(bases, runs, [] if bases else unsound_targets(sweep, sources), smoke=smoke)
     return measures
 
 

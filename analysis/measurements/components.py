@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -11,22 +11,20 @@ from pydantic import Field
 from analysis.components import GradientDifferences, component_rows, component_score_rows
 from analysis.conditions import NOTHING
 from analysis.gradient_pairs import gradient_differences
-from analysis.measurements.base import BaseMeasurement, Made, Part, Shard
+from analysis.measurements.base import Made, Part, Shard
 from analysis.measurements.conditions import (
     ConditionConfig,
-    condition_faults,
     condition_key,
-    condition_names,
     condition_of,
 )
-from analysis.measurements.gradients import VectorNames, readout_faults
+from analysis.measurements.under_conditions import VectorMeasurement
 from analysis.rows import NO_CONDITION
-from trainables.config import Path
+from trainables.config import VectorNames
 from trainables.errors import DataError
-from trainables.shapes import ModelShape, VectorShape
+from trainables.shapes import ModelShape
 
 
-class ComponentMeasurement(BaseMeasurement):
+class ComponentMeasurement(VectorMeasurement):
     """Uncentred PCA of the change of the mean gradient that each condition makes, and the cosine of its directions with
     vectors. Shards hand over their rows' changes; the merge step takes them apart together."""
 
@@ -42,17 +40,9 @@ class ComponentMeasurement(BaseMeasurement):
     layers: tuple[int, ...] = Field(min_length=1)
     """Where gradients are read."""
 
-    def faults(self, model: ModelShape, vectors: Mapping[str, VectorShape]) -> Iterable[tuple[Path, str]]:
-        yield from readout_faults(self.layers, self.vectors, model, vectors)
-        for path, message in condition_faults(self.conditions, model, vectors):
-            yield ("conditions", *path), message
-
     def forwards_per_row(self, model: ModelShape) -> int:
         del model
         return 2 * len(self.conditions)
-
-    def names(self, vectors: Mapping[str, str], banks: Mapping[tuple[str, ...], str]) -> dict[str, str]:
-        return dict(vectors) | condition_names(self.conditions, vectors, banks)
 
     def measure(self, shard: Shard) -> Made:
         tensors: dict[str, torch.Tensor] = {}

@@ -20,7 +20,7 @@ from analysis.measurements.conditions import (
     condition_key,
     condition_names,
 )
-from analysis.measurements.gradients import read_layers, readout_faults
+from analysis.measurements.under_conditions import read_layers, readout_faults
 from analysis.predictions import prediction_rows
 from analysis.projections import projection_differences, projection_rows, with_answers
 from analysis.rows import NO_CONDITION, LossRow

@@ -8,15 +8,14 @@ from typing import Literal
 from pydantic import Field
 
 from analysis.gradient_pairs import similarity_rows
-from analysis.measurements.base import BaseMeasurement, Made, Shard
-from analysis.measurements.conditions import ConditionConfig, condition_faults, condition_names, condition_of
-from analysis.measurements.gradients import read_layers, readout_faults
+from analysis.measurements.base import Made, Shard
+from analysis.measurements.conditions import ConditionConfig, condition_names, condition_of
+from analysis.measurements.under_conditions import ConditionMeasurement
 from trainables.config import Path
-from trainables.model_parts import decoder_layers
 from trainables.shapes import ModelShape, VectorShape
 
 
-class SimilarityMeasurement(BaseMeasurement):
+class SimilarityMeasurement(ConditionMeasurement):
     """Cosine of the gradient under each condition with the gradient under ``reference``, token by token: does steering
     with what a prompt does to activations change gradients as the prompt does?"""
 
@@ -27,19 +26,11 @@ class SimilarityMeasurement(BaseMeasurement):
     """The condition that the others are compared with, written as a defense of a run."""
     conditions: tuple[ConditionConfig, ...] = Field(min_length=1)
     """What is compared with it; ``{grid: [...]}`` in place of a value makes a condition of each."""
-    layers: tuple[int, ...] | Literal["all"] = "all"
-    """Where gradients are read. ``all``: 1 to the last."""
 
     def faults(self, model: ModelShape, vectors: Mapping[str, VectorShape]) -> Iterable[tuple[Path, str]]:
-        yield from readout_faults(self.layers, (), model, vectors)
-        for path, message in condition_faults(self.conditions, model, vectors):
-            yield ("conditions", *path), message
+        yield from super().faults(model, vectors)
         for field, message in self.reference.faults(model, vectors):
             yield ("reference", field), message
-
-    def forwards_per_row(self, model: ModelShape) -> int:
-        del model
-        return 1 + len(self.conditions)
 
     def names(self, vectors: Mapping[str, str], banks: Mapping[tuple[str, ...], str]) -> dict[str, str]:
         return dict(vectors) | condition_names((self.reference, *self.conditions), vectors, banks)
@@ -51,7 +42,7 @@ class SimilarityMeasurement(BaseMeasurement):
             list(shard.rows.values()),
             condition_of(self.reference, shard.vectors),
             [condition_of(config, shard.vectors) for config in self.conditions],
-            read_layers(self.layers, len(decoder_layers(shard.base.model))),
+            self.layers_of(shard),
             measure_id=shard.measure_id,
             max_length=shard.max_length,
             row_numbers=list(shard.rows),

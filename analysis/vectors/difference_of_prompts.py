@@ -4,26 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from itertools import islice
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from pydantic import Field, field_validator
 
+from analysis.conditions import NOTHING, Condition
+from analysis.measured_batches import aligned_items
 from analysis.vectors.activations import mean_activation
 from analysis.vectors.base import Making, VectorKind
 from analysis.vectors.vector import Vector
 from trainables.base_model import LoadedBase, ResolvedBase
-from trainables.chat_data import ChatEncoder, Encoded
 from trainables.config import ChatFile, Config, PromptBank, recipe_of
-from trainables.defenses import Inoculation, Message, SampleKey
+from trainables.defenses import Inoculation, Message
 from trainables.errors import DataError
 from trainables.randomness import generator
 
 Part: TypeAlias = Literal["first", "second", "all"]
-
-_UNCUT = 2**31  # tokens
 
 
 class PromptDifference(Config):
@@ -107,12 +104,14 @@ def prompt_difference(
     """
     if not indices:
         raise DataError(f"this half of {len(rows)} rows is empty; give more rows, or part: all")
-    encoder = ChatEncoder(base.tokenizer, _UNCUT)
-    prompting = Inoculation(prompts=tuple(prompts)).mechanism({})
-    pairs = []
-    for index in indices:
-        prompted = prompting.rewrite(rows[index], SampleKey(seed=seed, epoch=0, row=index))
-        pairs.append(_aligned(encoder, prompted, rows[index], index, max_length))
+    groups = aligned_items(
+        base,
+        [rows[index] for index in indices],
+        [Condition("prompted", prompt=tuple(prompts), seed=seed), NOTHING],
+        max_length=max_length,
+        row_numbers=indices,
+    )
+    pairs = [[item.encoded for item in group] for group in groups]
     means, total = [], 2 * len(pairs)
     for side in (0, 1):
 
@@ -122,30 +121,3 @@ def prompt_difference(
 
         means.append(mean_activation(base, [pair[side] for pair in pairs], batch_size, report))
     return (means[0] - means[1]).float()
-
-
-def _aligned(
-    encoder: ChatEncoder, prompted: Sequence[Message], plain: Sequence[Message], index: int, max_length: int
-) -> tuple[Encoded, Encoded]:
-    """A row with its prompt and without, with masks over the same response tokens."""
-    both = [encoder.encode(messages, prove=True) for messages in (prompted, plain)]
-    number = sum(both[1].response_mask[:max_length])
-    if number == 0:
-        raise DataError(f"row {index + 1} has its whole response beyond max_length={max_length} tokens")
-    cut = [_first_responses(encoded, number) for encoded in both]
-    if _responses(cut[0]) != _responses(cut[1]):
-        raise DataError(f"row {index + 1}: the response becomes other tokens behind the prompt; none can be compared")
-    return cut[0], cut[1]
-
-
-def _first_responses(row: Encoded, number: int) -> Encoded:
-    """The row up to its response token of this number, counted from 1."""
-    positions = (index for index, is_response in enumerate(row.response_mask) if is_response)
-    end = 1 + next(islice(positions, number - 1, None))
-    return replace(
-        row, input_ids=row.input_ids[:end], response_mask=row.response_mask[:end], loss_mask=row.loss_mask[:end]
-    )
-
-
-def _responses(row: Encoded) -> list[int]:
-    return [token for token, on in zip(row.input_ids, row.response_mask, strict=True) if on]

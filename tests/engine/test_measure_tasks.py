@@ -116,6 +116,16 @@ class TestFaults:
         assert said in faults[key], faults
         assert set(faults) == {key}
 
+    @pytest.mark.parametrize("on", ["base", "runs", ["none"]])
+    def test_layers_are_checked_where_no_run_is_sound(self, sweep: TinySweep, on: object) -> None:
+        sweep.raw["measure"] = {"before": {**BEFORE, "layers": [2, 9], "on": on}}
+        sweep.raw["training"]["bach_size"] = 4
+        faults = sweep.faults()
+        assert set(faults) == {"training.bach_size", "measure.before.layers[1]"}
+        del sweep.raw["training"]["bach_size"]
+        sweep.raw["data"]["train"] = "nowhere.jsonl"
+        assert set(sweep.faults()) == {"data.train", "measure.before.layers[1]"}
+
     def test_a_file_that_only_measures_says_nothing_about_runs(self, without_runs: TinySweep) -> None:
         without_runs.raw |= {"training": {"epochs": 1}, "base": {"model": "nowhere", "dtyp": "float32"}}
         faults = without_runs.faults()

@@ -209,7 +209,8 @@ EVERY_KIND = {
         "vectors": ["topic"],
         "samples": 3,
         "layers": [2, 3],
-        "conditions": [{**PPS, "coefficient": {"grid": [0.5, 1.0, 2.0]}}],
+        "positions": "shared",
+        "conditions": [{**PPS, "coefficient": {"grid": [0.5, 1.0, 2.0]}}, PROMPT],
     },
 }
 
@@ -240,6 +241,8 @@ def test_every_kind_is_measured_and_shown(sweep: TinySweep, tmp_path: Path) -> N
     assert set(results.table("component_scores")["row"]) == set(range(8))
     assert set(results.table("projections")["condition"]) == {"none", "pps topic L2 x1.5"}
     assert set(results.table("activation_changes")["condition"]) == {"none", "pps topic L2 x1.5", "inoculation topic"}
+    tokens = results.gradients().merge(results.losses(), on=["row", "condition"], suffixes=("", "_of_response"))
+    assert (tokens["num_tokens"] > tokens["num_tokens_of_response"]).all(), "shared positions begin before the response"
     page = write_report(results, tmp_path / "report").read_text()
     for title in (
         "Gradient under topic all layers against that under inoculation topic",
@@ -312,7 +315,8 @@ def foreseen(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Result
                 LossRow(measure_id=shard, row=r, condition=c, num_tokens=5, loss_sum=5, loss_mean=1) for c, r in read
             ]
             store.publish_table("losses", shard, nats)
-    (defended,) = (run for run in prepared.manifest.runs if run.label.startswith("pps topic L2 x1.5 train=data/train"))
+    wanted = {"defense": "pps topic L2 x1.5", "data.train": "data/train.jsonl"}
+    (defended,) = (run for run in prepared.manifest.runs if wanted.items() <= run.config.items())
     judge_id = defended.judge_ids["trait"]
     scores = store.read_table("scores", judge_id).to_pylist()
     store.publish_table("scores", judge_id, [ScoreRow(**{**score, "value": 0.0}) for score in scores])
@@ -339,6 +343,11 @@ def test_predictions_stand_beside_what_runs_showed(foreseen: Results) -> None:
     assert list(how_it_held(frame)["num_candidates"])[:3] == [6, 6, 6]
     entry = foreseen.manifest.measurements[0]
     assert len(runs_of(foreseen.manifest, entry, "none")) == 1
+    going_on = [
+        run.model_copy(update={"config": {**run.config, "start_from.run": "x"}}) for run in foreseen.manifest.runs[1:]
+    ]
+    continued = foreseen.manifest.model_copy(update={"runs": (foreseen.manifest.runs[0], *going_on)})
+    assert runs_of(continued, entry, "none") == []
     base, *runs = foreseen.manifest.runs
     another = base.model_copy(update={"config": {**base.config, "base.model": "another"}})
     assert runs_of(foreseen.manifest.model_copy(update={"runs": (another, *runs)}), entry, "none") == []
