@@ -70,6 +70,7 @@ class RunEntry(Config):
     judge_ids: dict[str, TaskId]  # metric name -> judging task
     plain_loss_id: TaskId | None
     config: dict[str, Scalar]  # flattened: training.learning_rate, defense, seed, ...
+    parent: TaskId | None = None  # the run that it starts from; None: the base
     merged: tuple[TaskId, ...] = ()  # trainings whose adapters are merged into the base that this run's is on, in order
     scales: dict[str, tuple[float, float]] = Field(default_factory=dict)  # metric name -> least and greatest value
 

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
+from analysis.before_after import before_after_blocks
 from analysis.figure_style import Drawn, Width
 from analysis.figures import loss_limit, outcomes, steps_per_point, training_curves
 from analysis.manifest import sweep_key
@@ -43,8 +44,9 @@ def write_report(results: Results, folder: Path) -> Path:
     """Write ``index.html`` and the figures into ``folder`` (made if it is not there) and return the page's path.
 
     The figures, each as PNG and PDF: ``outcomes.*`` and ``training.*`` across a page, ``outcomes_column.*`` and
-    ``training_column.*`` for one column; where runs differ in their seed alone, ``over_seeds.*`` too, and those of the
-    measurements. The page embeds the PNGs. A figure that has nothing to show is not written.
+    ``training_column.*`` for one column; where runs differ in their seed alone, ``over_seeds.*`` too; where runs start
+    from runs, ``before_after_*``; and those of the measurements. The page embeds the PNGs. A figure that has nothing to
+    show is not written.
     Works on a sweep that is running, failed or has not begun. Raises StoreError if the folder is not empty, and what
     ``results`` raises for a store that cannot be read.
     """
@@ -66,7 +68,8 @@ def write_report(results: Results, folder: Path) -> Path:
         if figure is not None
     }
     measurements, together = measurement_sections(results), sweep_blocks(results)
-    blocks = [*(block for section in measurements for block in section.blocks), *together]
+    before_after = before_after_blocks(entries, summary, panels)
+    blocks = [*before_after, *(block for section in measurements for block in section.blocks), *together]
     drawn |= {(block.name, width): figure for block in blocks for width, figure in block.drawn.items()}
     statuses = dict(zip(runs["run"], runs["status"], strict=True))
     page = (
@@ -85,6 +88,7 @@ def write_report(results: Results, folder: Path) -> Path:
             summary=summary_rows(summary, panels, entries),
             over_seeds=seed_rows(over_seeds, panels, entries),
             figures={name: _embedded(drawn, name) for name in ("outcomes", "over_seeds", "training")},
+            before_after=before_after,
             measurements=measurements,
             together=together,
             measured_figures={block.name: _embedded(drawn, block.name) for block in blocks if block.drawn},

@@ -131,7 +131,7 @@ class Graph:
         data = cell.data
         key = self.sweep.key(sound.index, "data", "train")
         self.proofs.must_prove(base, content, data.max_length, key, data.loss_on, data.allow_truncated_away)
-        entry = self._evaluate(sound, train.id, cell.label, "run", _flat(cell, base), start.merged)
+        entry = self._evaluate(sound, train.id, cell.label, "run", _flat(cell, base), start)
         for other in self.entries:
             if _identity(other) == _identity(entry) and not self.twins:
                 message = f"two cells have one identity ({train.id}): {other.label!r} and {cell.label!r}"
@@ -202,7 +202,7 @@ class Graph:
         label: str,
         kind: Literal["run", "base"],
         config: dict[str, Scalar],
-        merged: tuple[str, ...] = (),
+        start: Start = FROM_BASE,
     ) -> RunEntry:
         sample = self._sample(run_id, sound)
         judge_ids = {name: self._judge(run_id, sample.id, metric) for name, metric in sound.found.metrics.items()}
@@ -214,7 +214,8 @@ class Graph:
             judge_ids=judge_ids,
             plain_loss_id=self._loss(run_id, sound).id,
             config=config,
-            merged=merged,
+            parent=start.ids[-1] if start.ids else None,
+            merged=start.merged,
             scales={name: metric.bounds for name, metric in sound.found.metrics.items()},
         )
 
