@@ -158,6 +158,9 @@ class RunRecord(BaseModel):
     train_loss_last_epoch: float
     started_utc: str
     finished_utc: str
+    pack_size: int | None = None  # of a training from before there were packs: not known
+    packing: str | None = None
+    pack_note: str | None = None
 
 
 _Value = TypeVar("_Value")

@@ -64,7 +64,7 @@ class RunRow:
     status: str = column("done, failed, skipped (what it needs failed) or missing (not done yet)")
     reason: str | None = column("why it failed or was skipped")
     log_tail: str | None = column("the last lines of its log, if it failed")
-    seconds_training: float | None = column("wall time of the training", "s")
+    seconds_training: float | None = column("wall time of the training; of a pack the run's share", "s")
     num_steps: int | None = column("optimizer steps of the training")
     num_tokens: int | None = column("tokens that were trained on without padding", "tokens")
     train_loss_last_epoch: float | None = column("training loss over the last epoch", "nats/token")
@@ -74,6 +74,9 @@ class RunRow:
     )
     started_utc: str | None = column("when the training started", "UTC")
     finished_utc: str | None = column("when the training ended", "UTC")
+    pack_size: int | None = column("runs that were trained in one pack with it, itself included")
+    packing: str | None = column("how its pack was trained: exact or fast; null: it was trained alone")
+    pack_note: str | None = column("why its pack was smaller than was meant, or was trained again in smaller ones")
 
 
 @dataclass(frozen=True, kw_only=True)

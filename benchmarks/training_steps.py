@@ -25,7 +25,7 @@ from trainables.defenses import DefenseConfig
 from trainables.lora import LoraSettings, adapter_parameters, add_adapter, linear_module_names
 from trainables.randomness import permutation
 from trainables.rows import SignalRow, TrainingRow
-from trainables.train import RunSpec, train_pack
+from trainables.train import Packing, RunSpec, train_pack
 from trainables.training_config import TrainingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,8 +197,30 @@ def plain(setting: Setting) -> Contender:
     return Contender(Stepper("plain", work), losses)
 
 
-def hugging_face_trainer(setting: Setting) -> Contender:
-    """transformers.Trainer with the same settings, rows in the same order; nothing is saved."""
+def packed(name: str, setting: Setting, specs: Sequence[RunSpec], packing: Packing) -> Contender:
+    """``train_pack`` of several runs; a step is one step of each. ``losses`` are those of the last run."""
+    losses: list[float] = []
+
+    def work(pause: Pause) -> None:
+        sinks = {spec.train_id: quiet_sink() for spec in specs}
+        sinks[specs[-1].train_id] = _PausingSink(pause, losses)  # its row is the last of a step
+        train_pack(setting.base, specs, sinks, packing=packing)
+
+    return Contender(Stepper(name, work), losses)
+
+
+def quiet_sink() -> _PausingSink:
+    """A RunSink that keeps nothing and never stands still."""
+    return _PausingSink(_go_on, [])
+
+
+def _go_on() -> None:
+    """No pause: another run of the pack makes one."""
+
+
+def hugging_face_trainer(setting: Setting, change: Callable[[Any], None] | None = None) -> Contender:
+    """transformers.Trainer with the same settings, rows in the same order; nothing is saved. ``change`` gets the model
+    before it is trained."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     losses: list[float] = []
@@ -236,8 +258,11 @@ def hugging_face_trainer(setting: Setting) -> Contender:
                 seed=SEED,
             )
             pad_id = setting.base.tokenizer.pad_token_id
+            model = peft_model(setting)
+            if change is not None:
+                change(model)
             trainer = Trainer(
-                model=peft_model(setting),
+                model=model,
                 args=arguments,
                 train_dataset=[row for batch in setting.batches() for rows in batch for row in rows],
                 data_collator=lambda rows: collate(rows, pad_id),

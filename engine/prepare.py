@@ -28,6 +28,7 @@ from engine.machine import (
 from engine.measure_tasks import MeasureCost, MeasureTasks, Target, base_targets, unsound_targets
 from engine.named import named
 from engine.only import parse, select
+from engine.packs import Packer, pack_keys
 from engine.parents import depth_of
 from engine.parts import measurements_of, part_of
 from engine.proved import Proved
@@ -45,6 +46,7 @@ from engine.tasks import (
 from engine.trackers import tracker_faults
 from engine.vector_tasks import VectorTasks
 from trainables.errors import ConfigError, Fault
+from trainables.train import Packing
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Prepared:
     num_trials: int
     gpus_per_trial: float
     gpus_per_local_judge: float
+    num_steps: Mapping[str, int]  # optimizer steps by run
     proved: Mapping[str, Sequence[int]]  # see engine/proved.py
     only: str | None = None
     smoke: bool = False
@@ -87,6 +90,16 @@ class Prepared:
     def num_asked(self) -> int:
         """Runs that are asked for."""
         return sum(entry.kind == "run" for entry in self.asked)
+
+    @property
+    def packing(self) -> Packing:
+        return self.sweep.execution.packing or ("fast" if self.device == "cuda" else "exact")
+
+    def packer(self, pending: Mapping[str, Job], trained: Iterable[str]) -> Packer:
+        """How the trainings of ``pending`` jobs that are not in ``trained`` share trials."""
+        pack = self.sweep.execution.pack
+        size = pack if pack != "auto" else None if self.device == "cuda" else 1
+        return Packer(pack_keys(pending.values(), trained), self.num_steps, size, self.num_trials)
 
 
 def prepare(
@@ -151,6 +164,7 @@ def prepare(
     known = {**vectors.judge_tasks, **graph.judge_tasks}
     judge_tasks = _judge_tasks(known, asked_jobs, () if measure_only else asked)
     judge_gpus = gpus_per_local_judge(execution, machine)
+    costs = graph.costs()
     return Prepared(
         sweep=replace(sweep, results=stores[-1]),
         manifest=Manifest(
@@ -163,7 +177,7 @@ def prepare(
         jobs=asked_jobs,
         judge_tasks=judge_tasks,
         inputs=sources.inputs,
-        costs=graph.costs(),
+        costs=costs,
         measure_costs=measures.costs(),
         asked=asked,
         device="cuda" if gpus > 0 else "cpu",
@@ -172,6 +186,7 @@ def prepare(
         ),
         gpus_per_trial=gpus,
         gpus_per_local_judge=judge_gpus,
+        num_steps={entry.run_id: costs[entry.label].num_steps for entry in graph.entries},
         proved=proved.kept,
         only=only,
         smoke=smoke,

@@ -24,6 +24,7 @@ from analysis.tables import table_key
 from engine.judging import is_judged, missing_keys
 from engine.lease import Lease
 from engine.machine import read_cluster, read_machine
+from engine.packs import trained_runs
 from engine.prepare import Prepared, prepare
 from engine.progress import ProgressView, duration, make_progress
 from engine.proved import proved_key
@@ -113,6 +114,9 @@ class _Watcher:
         failure = Failure(kind="failed", reason=reason, log_tail=self._log_tail(job_id))
         self._note(self._open_task(job_id), failure)
         self.view.job_ended(job_id, self._label(job_id), f"FAILED: {reason}", ok=False)
+
+    def remark(self, text: str) -> None:
+        self.view.say(text, ok=False)
 
     def skipped(self, job_id: str, reason: str) -> None:
         self._note(self._open_task(job_id), Failure(kind="skipped", reason=reason))
@@ -362,6 +366,7 @@ def _work(
 
     execution = prepared.sweep.execution
     memory_gb = execution.memory_gb_per_trial
+    packer = prepared.packer(jobs, trained_runs(jobs, store))
     watcher.view.start(len(jobs))
     try:
         watcher.pool = JudgePool(
@@ -388,6 +393,8 @@ def _work(
                 zero_stage=execution.zero_stage,
                 gradient_checkpointing=execution.gradient_checkpointing,
                 checkpoints=CheckpointSettings(execution.checkpoint_every_steps, execution.checkpoint_every_minutes),
+                packing=prepared.packing,
+                auto_pack=packer.size is None,
             ),
             Placement(
                 num_trials=prepared.num_trials,
@@ -398,6 +405,7 @@ def _work(
             ),
             watcher,
             [TrackerCallback(feed)],
+            packer,
         )
         watcher.pool.wait()
     finally:

@@ -21,6 +21,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
+from engine.pack_work import FITS, OUT_OF_MEMORY, told
+from engine.packs import Packer
 from engine.tasks import Job, VectorJob
 from trainables.memory import is_out_of_memory
 from trainables.tune_trainable import Work, tune_trainable
@@ -41,6 +43,9 @@ class Watcher(Protocol):
     def done(self, job_id: str) -> None: ...
 
     def failed(self, job_id: str, reason: str) -> None: ...
+
+    def remark(self, text: str) -> None:
+        """Something about no one job."""
 
     def skipped(self, job_id: str, reason: str) -> None: ...
 
@@ -71,15 +76,19 @@ class StaysInDriver:
 
 class _GraphSearcher(StaysInDriver, Searcher):
     """Suggests jobs whose parents are done and whose answers are judged, in order; None while the rest has to wait;
-    FINISHED when none is left."""
+    FINISHED when none is left. Trainings go out in packs where ``packer`` makes some; what else a job does is then
+    suggested for itself."""
 
-    def __init__(self, jobs: Mapping[str, Job], watcher: Watcher) -> None:
+    def __init__(self, jobs: Mapping[str, Job], watcher: Watcher, packer: Packer | None = None) -> None:
         super().__init__(metric=None, mode=None)
         self.jobs = jobs
         self.waiting = dict(jobs)
         self.open = set(jobs)  # not done: a parent that is not open was done before this invocation
         self.lost: dict[str, str] = {}  # failed or skipped -> what to say of it
         self.job_of_trial: dict[str, str] = {}
+        self.packer = packer or Packer({}, {}, 1, 1)
+        self.packs: dict[str, list[str]] = {}  # jobs whose trainings a trial is doing, by trial
+        self.trained: set[str] = set()
         self.num_running = 0
         self.watcher = watcher
 
@@ -87,6 +96,7 @@ class _GraphSearcher(StaysInDriver, Searcher):
         while True:
             self._skip_children_of_lost()
             is_judging = False
+            ready: list[str] = []
             for job_id, job in list(self.waiting.items()):
                 if any(parent in self.open for parent in job.parents):
                     continue
@@ -96,16 +106,40 @@ class _GraphSearcher(StaysInDriver, Searcher):
                 elif unjudged:
                     is_judging = True
                 else:
-                    del self.waiting[job_id]
-                    self.job_of_trial[trial_id] = job_id
-                    self.num_running += 1
-                    return {"job": job_id}
-            if not self.waiting:
+                    ready.append(job_id)
+            under_way = self._under_way()
+            for job_id in ready:
+                members = self.packer.members(job_id, ready, under_way)
+                if members is not None:
+                    return self._hand_out(trial_id, job_id, members)
+            if not self.waiting and not self.packs:
                 return Searcher.FINISHED
             if self.num_running or not (is_judging or self._has_children_of_lost()):
                 return None
             if is_judging:  # nothing else is left to do: Tune would take it for a lack of resources
                 self.watcher.wait_for_judgement()
+
+    def _under_way(self) -> list[str]:
+        """Waiting jobs that need nothing but vectors which are being made now."""
+        at_work = {job_id for job_id in self.job_of_trial.values() if isinstance(self.jobs[job_id], VectorJob)}
+        made = at_work & self.open - self.waiting.keys()
+        return [
+            job_id
+            for job_id, job in self.waiting.items()
+            if (needed := [parent for parent in job.parents if parent in self.open]) and made.issuperset(needed)
+        ]
+
+    def _hand_out(self, trial_id: str, job_id: str, members: list[str]) -> dict[str, Any]:
+        self.num_running += 1
+        config: dict[str, Any] = {"job": job_id}
+        if len(members) > 1:
+            config |= {"job": members[0], "pack": members}
+            self.packs[trial_id] = members
+        for member in members:
+            del self.waiting[member]
+        self.job_of_trial[trial_id] = members[0]
+        notes = dict.fromkeys(self.packer.notes[one] for one in members if one in self.packer.notes)
+        return config | ({"note": "; ".join(notes)} if notes else {})
 
     def _skip_children_of_lost(self) -> None:
         found = True
@@ -125,16 +159,40 @@ class _GraphSearcher(StaysInDriver, Searcher):
         self.lost[job_id] = f"{job.label}, which was skipped"
         self.watcher.skipped(job_id, reason)
 
-    def finish(self, trial_id: str, reason: str | None) -> None:
-        """A trial ended for good; with a ``reason`` its job failed."""
+    def member(self, job_id: str, reason: str | None) -> None:
+        """A member of a pack is trained; with a ``reason`` it cannot go on, and its job has failed."""
+        if reason is None:
+            self.trained.add(job_id)
+            self.packer.trained(job_id)
+        elif job_id not in self.lost:  # a pack that is tried again tells it again
+            self._lose(job_id, reason)
+
+    def finish(self, trial_id: str, reason: str | None, result: Mapping[str, Any] | None = None) -> None:
+        """A trial ended for good; with a ``reason`` its job failed, or its pack. ``result``: its last report."""
         job_id = self.job_of_trial[trial_id]
         self.num_running -= 1
-        if reason is None:
+        if trial_id in self.packs:
+            self._finish_pack(self.packs.pop(trial_id), reason, result or {})
+        elif reason is None:
             self.open.discard(job_id)
             self.watcher.done(job_id)
         else:
-            self.lost[job_id] = f"{self.jobs[job_id].label}, which failed"
-            self.watcher.failed(job_id, reason)
+            self._lose(job_id, reason)
+
+    def _finish_pack(self, members: list[str], reason: str | None, result: Mapping[str, Any]) -> None:
+        """Members that are not lost wait again: the trained ones for what follows, the others for another pack."""
+        left = [one for one in members if one not in self.lost and one not in self.trained]
+        reason = reason or result.get(OUT_OF_MEMORY)
+        if reason is not None and left:
+            self.watcher.remark(self.packer.split(members, left, reason))
+        elif FITS in result:
+            self.packer.found(members[0], int(result[FITS]))
+        back = {one for one in members if one not in self.lost}
+        self.waiting = {one: job for one, job in self.jobs.items() if one in self.waiting or one in back}
+
+    def _lose(self, job_id: str, reason: str) -> None:
+        self.lost[job_id] = f"{self.jobs[job_id].label}, which failed"
+        self.watcher.failed(job_id, reason)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Everything happens in the callback, which knows a failed trial's error; Tune calls it first."""
@@ -158,17 +216,20 @@ class _Callback(StaysInDriver, tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         del iteration, trials, info
-        self.watcher.started(trial.config["job"])
+        for job_id in trial.config.get("pack", [trial.config["job"]]):
+            self.watcher.started(job_id)
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         del iteration, trials, info
-        self.watcher.figures(trial.config["job"], result)
+        if (member := told(result)) is not None:
+            self.searcher.member(*member)
+        self.watcher.figures(str(result.get("job", trial.config["job"])), result)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         del iteration, trials, info
-        self.searcher.finish(trial.trial_id, why_failed(trial, raised=False))
+        self.searcher.finish(trial.trial_id, why_failed(trial, raised=False), trial.last_result)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         del iteration, trials, info
@@ -242,15 +303,23 @@ def _last_error(trial: Trial) -> BaseException | None:
     return error
 
 
+def _trial_name(trial: Trial) -> str:
+    """A pack is called by its first job and its size: the jobs themselves have trials later on."""
+    pack = trial.config.get("pack")
+    return str(trial.config["job"]) + (f"-pack{len(pack)}" if pack else "")
+
+
 def run_graph(
     jobs: Mapping[str, Job],
     work: Work,
     placement: Placement,
     watcher: Watcher,
     callbacks: Sequence[tune.Callback] = (),
+    packer: Packer | None = None,
 ) -> None:
     """Do all jobs that can be done. Ray must be initialised. One failed job never stops the others.
 
+    ``packer``: which trainings share a trial; None: each has its own.
     ``callbacks`` are told what Tune tells, after the watcher; they must pickle (``StaysInDriver``) and not raise.
     Raises KeyboardInterrupt when the user stops it; finished jobs stay finished.
     """
@@ -259,18 +328,18 @@ def run_graph(
     resources: dict[str, float] = {"cpu": placement.cpus_per_trial, "gpu": placement.gpus_per_trial}
     if placement.memory_bytes_per_trial is not None:
         resources["memory"] = placement.memory_bytes_per_trial
-    searcher = _GraphSearcher(jobs, watcher)
+    searcher = _GraphSearcher(jobs, watcher, packer)
     trainable = tune.with_resources(tune.with_parameters(tune_trainable, work=work), resources)
     with tempfile.TemporaryDirectory(prefix="shiftgrad-tune-") as throw_away:
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                num_samples=len(jobs),
+                num_samples=4 * len(jobs),  # a bound: a job, its pack, and packs that were tried again in halves
                 max_concurrent_trials=placement.num_trials,
                 reuse_actors=True,  # starting a process and importing torch costs 8 s, a reused one 0.4 s
-                trial_name_creator=lambda trial: trial.config["job"],
-                trial_dirname_creator=lambda trial: trial.config["job"],
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
             ),
             run_config=tune.RunConfig(
                 name="sweep",

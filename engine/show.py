@@ -18,6 +18,7 @@ from analysis.results import Results
 from engine.graph import Cost
 from engine.judge_costs import answer_costs, judge_costs
 from engine.measure_tasks import MeasureCost
+from engine.packs import num_packs, trained_runs
 from engine.prepare import Prepared
 from engine.run import pending_answers, pending_jobs, pending_judge_tasks
 from engine.smoke import WHAT
@@ -89,6 +90,7 @@ def plan_table(prepared: Prepared) -> Table:
     asked = judge_costs(tasks, prepared.jobs.values(), prepared.sweep.endpoints)
     asked += answer_costs(pending_answers(prepared, store), prepared.sweep.endpoints)
     notes += [cost.describe() for cost in asked] or ["judgements by rule cost nothing"]
+    notes += _packs(prepared, store, pending)
     if prepared.only is not None:
         notes.append(f"{prepared.num_runs - prepared.num_asked} of {prepared.num_runs} runs not asked for (--only)")
     if prepared.smoke:
@@ -96,6 +98,19 @@ def plan_table(prepared: Prepared) -> Table:
     table.caption = Text("\n".join(notes))
     table.caption_justify = "left"
     return table
+
+
+def _packs(prepared: Prepared, store: Store | None, pending: Set[str]) -> list[str]:
+    """In how many packs the trainings that are left are done; nothing where each is a trial of its own."""
+    jobs = {job_id: job for job_id, job in prepared.jobs.items() if job_id in pending}
+    packer = prepared.packer(jobs, [] if store is None else trained_runs(jobs, store))
+    count = num_packs(packer)
+    if packer.size == 1 or not packer.keys:
+        return []
+    of = f"of at most {packer.size}" if packer.size is not None else "of as many runs as fit"
+    packs = f"{count} pack{'s' if count != 1 else ''}"
+    left = len(packer.keys)
+    return [f"{left} training{'s' if left != 1 else ''} in {packs} {of}, {prepared.packing}"]
 
 
 def _planned_measurements(prepared: Prepared, pending: Set[str]) -> tuple[list[list[Any]], list[str]]:

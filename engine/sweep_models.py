@@ -20,6 +20,7 @@ from trainables.deepspeed_driver import ZeroStage
 from trainables.defenses import Item
 from trainables.sample import SamplingConfig
 from trainables.start_from import StartFrom
+from trainables.train import Packing
 from trainables.training_config import TrainingConfig
 
 
@@ -105,6 +106,14 @@ class ExecutionConfig(Config):
     it free and judging goes on beside them; else judging waits for the trials to end. 0: on the CPU."""
     memory_gb_per_trial: float | None = Field(default=None, gt=0)
     """Memory that a trial is counted with, in 10^9 bytes. null: not counted."""
+    pack: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
+    """Runs that are trained together in one process over one frozen base, where they share it. ``auto``: on a GPU as
+    many as its memory holds, at most 16, and no more than keep all trials busy; 1 on a CPU, where a pack gains
+    nothing."""
+    packing: Packing | None = None
+    """``exact``: every run of a pack is passed through the base by itself, which gives it to the bit what it gets
+    alone. ``fast``: all runs go through it in one pass; their gradients are equal up to rounding. null: ``fast`` on a
+    GPU, ``exact`` on a CPU."""
     zero_stage: Annotated[ZeroStage, BeforeValidator(_no_bool)] = 0
     """DeepSpeed's ZeRO stage."""
     gradient_checkpointing: bool = False

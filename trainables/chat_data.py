@@ -22,6 +22,7 @@ __all__ = [
     "cut",
     "encode_all",
     "pad",
+    "padded_length",
 ]
 
 _ROWS_LISTED = 10
@@ -124,11 +125,24 @@ def _without_tail(row: Encoded) -> Encoded:
     return Encoded(row.input_ids[:end], row.response_mask[:end], row.loss_mask[:end])
 
 
-def pad(batch: Sequence[Encoded], pad_id: int, multiple_of: int = 1, device: torch.device | str = "cpu") -> PaddedBatch:
-    """Pad rows on the right to the longest of them, rounded up to a multiple of ``multiple_of`` tokens."""
+def padded_length(batch: Sequence[Encoded], multiple_of: int) -> int:
+    """Tokens of the longest row, rounded up to a multiple of ``multiple_of``."""
     assert batch, "a batch has at least one row"
     longest = max(len(row.input_ids) for row in batch)
-    length = -(-longest // multiple_of) * multiple_of
+    return -(-longest // multiple_of) * multiple_of
+
+
+def pad(
+    batch: Sequence[Encoded],
+    pad_id: int,
+    multiple_of: int = 1,
+    device: torch.device | str = "cpu",
+    *,
+    at_least: int = 0,
+) -> PaddedBatch:
+    """Pad rows on the right to the longest of them, rounded up to a multiple of ``multiple_of`` tokens, and to
+    ``at_least`` so many."""
+    length = max(padded_length(batch, multiple_of), at_least)
 
     def mask(parts: Iterable[Sequence[bool]]) -> torch.Tensor:
         rows = [[*part, *[False] * (length - len(part))] for part in parts]

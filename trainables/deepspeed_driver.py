@@ -106,11 +106,27 @@ class DeepSpeedDriver:
         )
         self.optimizer = optimizer
         self.zero_stage = zero_stage
+        self._is_open = False  # a backward pass was not the last one before a step, and none has been yet
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Accumulate the gradients of a scalar loss; ``last``: no further backward follows before the step."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)
+        self._is_open = not last
+
+    def discard(self, run: str) -> None:
+        """Make the run's gradients of this step zero, whatever they are: one that is not finite would reach the
+        parameters at any learning rate, and at stages 1 and 2 keep all runs of the pack from stepping."""
+        from deepspeed.utils import safe_set_full_grad
+
+        for parameter, gradient in self._gradients(run):
+            safe_set_full_grad(parameter, torch.zeros_like(gradient))
+
+    def finish_accumulation(self) -> None:
+        """Say that no backward pass follows, where the one that should have been the last did not come about."""
+        if self._is_open:
+            run = next(iter(self.runs.values()))
+            self.backward(torch.stack([(0.0 * parameter).sum() for parameter in run.parameters]).sum(), last=True)
 
     def gradient_norm(self, run: str) -> float:
         """L2 norm over all parameters of the run, 0 where it has no gradient; inf or nan if it is not finite."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
@@ -52,20 +53,30 @@ class LoraSettings(Config):
 
 
 class CounterDropout(nn.Module):
-    """Dropout whose mask is a function of ``key`` and the module's name; the training loop sets ``key``."""
+    """Dropout whose mask is a function of ``key`` and the module's name; the training loop sets ``key``.
+
+    ``length``: how many tokens the rows [b, t, i] have when their run is alone. Where a pack pads them further, nothing
+    of the padding is dropped, and all else is as it is alone.
+    """
 
     def __init__(self, probability: float, name: str) -> None:
         super().__init__()
         self.probability = probability
         self.name = name
         self.key: tuple[Key, ...] = ()
+        self.length: int | None = None
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if not self.training or self.probability == 0:
             return inputs
         assert self.key, "the training loop sets the key before every forward pass"
         draw = generator("dropout", *self.key, self.name, device=inputs.device)
-        kept = torch.rand(inputs.shape, generator=draw, device=inputs.device) >= self.probability
+        shape = list(inputs.shape)
+        padding = 0 if self.length is None else shape[1] - self.length
+        shape[1] -= padding
+        kept = torch.rand(shape, generator=draw, device=inputs.device) >= self.probability
+        if padding > 0:
+            kept = F.pad(kept, (0, 0, 0, padding), value=True)
         return inputs * kept.to(inputs.dtype) / (1 - self.probability)
 
 

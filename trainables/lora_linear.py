@@ -12,6 +12,7 @@ products of size [m, r]. PEFT's modules stay where they are and own the paramete
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
 from trainables import frozen_products
+from trainables.packed_lora import PackRows, packed_product
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -64,9 +66,16 @@ class _LoraProduct(torch.autograd.Function):
 
 
 class LoraLinear(PeftLinear):  # type: ignore[misc,unused-ignore]
-    """PEFT's ``lora.Linear`` with another forward pass for a training; everything else is PEFT's."""
+    """PEFT's ``lora.Linear`` with another forward pass for a training; everything else is PEFT's.
+
+    ``pack``: while it is set (``packed_lora.packed``), every row of the batch has the adapter of its own run.
+    """
+
+    pack: Sequence[PackRows] = ()
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.pack and torch.is_grad_enabled():
+            return packed_product(self, x, self.pack)
         name = self._plain_adapter() if torch.is_grad_enabled() and not args and not kwargs else None
         if name is None:
             result: torch.Tensor = super().forward(x, *args, **kwargs)
@@ -86,16 +95,19 @@ class LoraLinear(PeftLinear):  # type: ignore[misc,unused-ignore]
         return sum_mo.to(base_mo.dtype).view(*x.shape[:-1], -1)
 
     def _plain_adapter(self) -> str | None:
-        """The one active adapter, if it is trained, is LoRA without further parts, and nothing is hooked; else None."""
+        """The one active adapter, if nothing but the usual product is to be done with it; else None."""
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1 or self.disable_adapters or self.merged or self.lora_variant:
-            return None
-        (name,) = active
+        return active[0] if len(active) == 1 and self.is_plain(active[0]) else None
+
+    def is_plain(self, name: str) -> bool:
+        """Whether an adapter is trained, is LoRA without further parts, and nothing is hooked."""
+        if self.disable_adapters or self.merged or self.lora_variant:
+            return False
         parts = (self.base_layer, self.lora_A[name], self.lora_B[name])
         plain = all(type(part) is nn.Linear and not _is_hooked(part) for part in parts)
         trained = all(part.weight.requires_grad and part.bias is None for part in parts[1:])
         frozen = not any(parameter.requires_grad for parameter in self.base_layer.parameters())
-        return name if plain and trained and frozen else None
+        return plain and trained and frozen
 
 
 def _is_hooked(module: nn.Module) -> bool:

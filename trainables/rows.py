@@ -28,7 +28,7 @@ class TrainingRow:
     learning_rate: float = column("learning rate used by this step")
     num_tokens: int = column("tokens in the forward pass without padding", "tokens")
     num_loss_tokens: int = column("tokens that the loss is taken over", "tokens")
-    seconds: float = column("wall time of the step", "s")
+    seconds: float = column("wall time of the step; of a pack the run's share", "s")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,153 +10,30 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from trainables.base_model import LoadedBase
-from trainables.chat_data import ChatEncoder, DataConfig, Encoded, encode_all
+from trainables.chat_data import Encoded
 from trainables.checkpoint import NO_CHECKPOINTS, CheckpointSettings, resume, save_checkpoint
 from trainables.deepspeed_driver import DeepSpeedDriver, RunParameters, ZeroStage
-from trainables.defenses import DefenseConfig, Message, SampleKey
-from trainables.errors import DataError, TrainingError
+from trainables.errors import ConfigError, Fault, ShiftgradError, TrainingError
 from trainables.failpoints import failpoint
 from trainables.lora import CounterDropout, adapter_parameters, add_adapter, save_adapter
 from trainables.model_parts import decoder_layers
 from trainables.native_ops import native_ops
-from trainables.randomness import permutation
+from trainables.packed_lora import can_be_packed
 from trainables.rows import RunSink, SignalRow, TrainingRow
-from trainables.schedule import learning_rate_factor, num_warmup_steps
-from trainables.signals import Watch
+from trainables.runs import Run, RunResult, RunSpec
 from trainables.start_from import begin_with
-from trainables.step import StepLosses, StepOf, backward_passes
-from trainables.training_config import TrainingConfig, has_diverged, num_optimizer_steps
+from trainables.step import StepLosses, backward_passes
 
+__all__ = ["Packing", "RunResult", "RunSpec", "train_pack"]
 
-@dataclass(frozen=True)
-class RunSpec:
-    """Everything that one run is, with nothing left to look up."""
-
-    train_id: str
-    rows: Sequence[Sequence[Message]]
-    data: DataConfig
-    defense: Sequence[DefenseConfig]
-    vectors: Mapping[str, torch.Tensor]  # by the name that the defense's items and ``training.watch`` use
-    training: TrainingConfig
-    seed: int
-    base_name: str = ""
-    adapter: Mapping[str, torch.Tensor] | None = None  # saved values to go on with; None: A drawn by the seed, B zero
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished training says of itself."""
-
-    train_id: str
-    num_steps: int
-    num_tokens: int
-    num_loss_tokens: int
-    num_rows: int
-    seconds_training: float
-    train_loss_last_epoch: float
-    losses: tuple[float, ...]
-    stopped_early: bool
-    chat_format: Mapping[str, object]
-
-
-@dataclass
-class _Run:
-    """One run while it trains."""
-
-    spec: RunSpec
-    encoder: ChatEncoder
-    kept: list[int]
-    num_steps: int
-    steps_per_epoch: int
-    done: list[TrainingRow] = field(default_factory=list)  # a row per optimizer step so far
-    signals: list[SignalRow] = field(default_factory=list)  # of these steps
-    order: tuple[int, list[int]] = (-1, [])
-
-    def __post_init__(self) -> None:
-        self.mechanisms = [item.mechanism(self.spec.vectors) for item in self.spec.defense]
-        self.saved_at = time.monotonic()  # the last checkpoint; at first the start
-        watch = self.spec.training.watch
-        named = {name: self.spec.vectors[name] for name in watch.vectors} if watch is not None else {}
-        self.watch = Watch(named, watch.layers) if watch is not None else None
-
-    @property
-    def name(self) -> str:
-        return self.spec.train_id
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return len(self.done)
-
-    @property
-    def stopped_early(self) -> bool:
-        return self.step < self.num_steps and has_diverged([row.loss for row in self.done], self.spec.training)
-
-    @property
-    def ended(self) -> bool:
-        return self.step >= self.num_steps or self.stopped_early
-
-    @property
-    def is_second_order(self) -> bool:
-        return any(mechanism.is_second_order for mechanism in self.mechanisms)
-
-    def this_step(self) -> StepOf:
-        """What the passes of the next step need to know."""
-        spec = self.spec
-        return StepOf(self.name, self.step + 1, self.num_steps, spec.seed, spec.training, self.mechanisms, self.watch)
-
-    def learning_rate(self) -> float:
-        training = self.spec.training
-        warmup = training.warmup_steps or num_warmup_steps(training.warmup_ratio, self.num_steps)
-        factor = learning_rate_factor(training.schedule, self.step, self.num_steps, warmup)
-        return training.learning_rate * factor
-
-    def next_batch(self) -> list[Encoded]:
-        """The rows of the next optimizer step, as this run's defense wants them, proved as tokens."""
-        training = self.spec.training
-        epoch, position = divmod(self.step, self.steps_per_epoch)
-        if self.order[0] != epoch:
-            self.order = (epoch, permutation(len(self.kept), self.spec.seed, epoch))
-        start = position * training.batch_size
-        batch = []
-        for index in self.order[1][start : start + training.batch_size]:
-            row = self.kept[index]
-            messages = self.spec.rows[row]
-            for mechanism in self.mechanisms:
-                messages = mechanism.rewrite(messages, SampleKey(self.spec.seed, epoch, row))
-            encoded = self.encoder.encode(messages, prove=True)
-            if not any(encoded.response_mask) and not self.spec.data.allow_truncated_away:
-                raise DataError(
-                    f"run {self.name}, step {self.step + 1}: row {row + 1} has its whole response beyond "
-                    f"max_length={self.encoder.max_length} tokens once its defense has rewritten it; raise max_length, "
-                    "or set allow_truncated_away"
-                )
-            batch.append(encoded)
-        return batch
-
-    def result(self) -> RunResult:
-        last = self.done[max(0, self.step - self.steps_per_epoch) :]
-        weighted = sum(row.loss * row.num_loss_tokens for row in last)
-        return RunResult(
-            train_id=self.name,
-            num_steps=self.step,
-            num_tokens=sum(row.num_tokens for row in self.done),
-            num_loss_tokens=sum(row.num_loss_tokens for row in self.done),
-            num_rows=len(self.kept),
-            seconds_training=sum(row.seconds for row in self.done),
-            train_loss_last_epoch=weighted / sum(row.num_loss_tokens for row in last),
-            losses=tuple(row.loss for row in self.done),
-            stopped_early=self.stopped_early,
-            chat_format=self.encoder.describe(),
-        )
+Packing: TypeAlias = Literal["exact", "fast"]
 
 
 def train_pack(
@@ -167,23 +44,48 @@ def train_pack(
     zero_stage: ZeroStage = 0,
     gradient_checkpointing: bool = False,
     checkpoints: CheckpointSettings = NO_CHECKPOINTS,
+    packing: Packing = "exact",
+    on_done: Callable[[RunResult], None] | None = None,
+    on_failure: Callable[[str, ShiftgradError], None] | None = None,
 ) -> tuple[Any, list[RunResult]]:
-    """Train every run of ``specs`` and give each adapter to its sink (``sinks`` by train_id).
+    """Train every run of ``specs`` and give each adapter to its sink (``sinks`` by train_id) as soon as it is done.
+
+    ``exact``: every micro-batch is one run's own, which gives each run to the bit what it gets alone. ``fast``: the
+    micro-batches of all runs go through the base in one pass; gradients are equal up to rounding.
+    ``on_done`` is told of a run that has ended and whose adapter its sink has, while others go on. ``on_failure`` is
+    told of a run that cannot go on (DataError: a row whose response mask cannot be proved; TrainingError: a loss or a
+    gradient that is not finite, a gradient that is zero): it is left as it is, and the others go on as if it were not
+    there. Without ``on_failure`` the error is raised.
 
     A run whose sink has a checkpoint goes on from there, whatever the pack and the ZeRO stage that it was made in.
-    Returns the model with all adapters (frozen, evaluation mode, the last one active) and a result per run. Raises
-    DataError if a row's response mask cannot be proved and TrainingError if a loss or gradient is not finite or a
-    gradient is zero.
+    Returns the model with all adapters (frozen, evaluation mode, the last one active) and a result per run that did not
+    fail. Raises ConfigError for several runs over a float16 base, and ValueError for runs of which some are of second
+    order and some are not: these need other operations.
     """
     from trainables.lora_linear import use_lora_linear  # brings PEFT, which is slow to import
 
-    runs = [_prepare(base, spec) for spec in specs]
-    model: Any = base.fresh()
+    _check_pack(base, specs)
+
+    def failed(name: str, error: ShiftgradError) -> None:
+        if on_failure is None:
+            raise error
+        sinks[name].log(f"failed: {type(error).__name__}: {error}")
+        on_failure(name, error)
+
+    runs: list[Run] = []
     for spec in specs:
-        model = add_adapter(model, spec.train_id, spec.training.lora, spec.seed)
-        if spec.adapter is not None:
-            begin_with(model, spec.train_id, spec.adapter)
-    plain = any(run.is_second_order for run in runs)  # of second order: only PyTorch's own operations will do
+        try:
+            runs.append(Run.prepared(base, spec))
+        except ShiftgradError as error:
+            failed(spec.train_id, error)
+    if not runs:
+        return base.fresh(), []
+    model: Any = base.fresh()
+    for run in runs:
+        model = add_adapter(model, run.name, run.spec.training.lora, run.spec.seed)
+        if run.spec.adapter is not None:
+            begin_with(model, run.name, run.spec.adapter)
+    plain = runs[0].is_second_order  # then only PyTorch's own operations will do
     if plain:
         model.get_base_model().set_attn_implementation("eager")
     num_lora = 0 if plain else use_lora_linear(model)
@@ -194,40 +96,49 @@ def train_pack(
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = {run.name: list(adapter_parameters(model, run.name).values()) for run in runs}
     _activate(model, runs[0].name, parameters)
+    together = packing == "fast" and len(runs) > 1 and not plain and can_be_packed(model)
     driver = DeepSpeedDriver(
         model,
         [RunParameters(run.name, parameters[run.name], run.spec.training.weight_decay) for run in runs],
         zero_stage,
     )
+    pack = _Pack(base, model, driver, runs, parameters, sinks, together, failed)
+    results: dict[str, RunResult] = {}
     try:
         for run in runs:
             run.done, run.signals = resume(run.name, run.num_steps, driver, sinks[run.name])
         with contextlib.nullcontext("nothing else") if plain else native_ops(model) as native:
             for run in runs:
-                sinks[run.name].log(f"computed by shiftgrad: {num_lora} LoRA modules, {native}")
-            while active := [run for run in runs if not run.ended]:
-                _optimizer_step(base, model, driver, runs, active, parameters, sinks)
-                _save_checkpoints(driver, active, sinks, checkpoints)
+                sinks[run.name].log(f"computed by shiftgrad: {num_lora} LoRA modules, {native}{pack.said()}")
+            while True:
+                for run in runs:
+                    if run.ended and run.failure is None and run.name not in results:
+                        results[run.name] = pack.finish(run)
+                        if on_done is not None:
+                            on_done(results[run.name])
+                active = [run for run in runs if not run.ended]
+                if not active:
+                    break
+                pack.step(active)
+                _save_checkpoints(driver, [run for run in active if run.failure is None], runs, sinks, checkpoints)
                 failpoint(f"after_step:{max(run.step for run in active)}")
     finally:
         driver.close()
+    if model.active_adapters != [runs[-1].name]:
+        model.set_adapter(runs[-1].name)
     model.eval()
     model.requires_grad_(False)
-    for run in runs:
-        if run.stopped_early:
-            sinks[run.name].log(f"stopped early after step {run.step} of {run.num_steps}: the loss has diverged")
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "adapter"
-            save_adapter(model, run.name, run.spec.base_name, folder)
-            sinks[run.name].adapter(run.name, folder)
-    return model, [run.result() for run in runs]
+    return model, [results[run.name] for run in runs if run.name in results]
 
 
-def _prepare(base: LoadedBase, spec: RunSpec) -> _Run:
-    encoder = ChatEncoder(base.tokenizer, spec.data.max_length, spec.data.loss_on)
-    _, kept = encode_all(spec.rows, encoder, spec.data.allow_truncated_away)
-    steps_per_epoch = math.ceil(len(kept) / spec.training.batch_size)
-    return _Run(spec, encoder, list(kept), num_optimizer_steps(len(kept), spec.training), steps_per_epoch)
+def _check_pack(base: LoadedBase, specs: Sequence[RunSpec]) -> None:
+    if len(specs) > 1 and base.model.dtype == torch.float16:
+        message = "runs over a float16 base cannot share a pack: one scale of the loss would hold for all of them, and "
+        message += "what overflows in one run would keep the others from stepping; give bfloat16 or float32"
+        raise ConfigError([Fault("execution.pack", message)])
+    orders = {any(item.is_second_order for item in spec.defense) for spec in specs}
+    if len(orders) > 1:
+        raise ValueError("runs with a penalty of second order and runs without cannot share a pack")
 
 
 def _set_training_mode(model: Any, gradient_checkpointing: bool) -> None:
@@ -250,61 +161,111 @@ def _activate(model: Any, name: str, parameters: Mapping[str, Sequence[torch.nn.
             parameter.requires_grad_(True)
 
 
-def _optimizer_step(
-    base: LoadedBase,
-    model: Any,
-    driver: DeepSpeedDriver,
-    runs: Sequence[_Run],
-    active: Sequence[_Run],
-    parameters: Mapping[str, Sequence[torch.nn.Parameter]],
-    sinks: Mapping[str, RunSink],
-) -> None:
-    losses: dict[str, StepLosses] = {}
-    counts: dict[str, tuple[int, int]] = {}
-    seconds: dict[str, float] = {}
-    for run in active:
+class _Pack:
+    """The runs of a pack while they train. ``together``: in passes that they share."""
+
+    def __init__(
+        self,
+        base: LoadedBase,
+        model: Any,
+        driver: DeepSpeedDriver,
+        runs: Sequence[Run],
+        parameters: Mapping[str, Sequence[torch.nn.Parameter]],
+        sinks: Mapping[str, RunSink],
+        together: bool,
+        failed: Callable[[str, ShiftgradError], None],
+    ) -> None:
+        self.base, self.model, self.driver = base, model, driver
+        self.runs, self.parameters, self.sinks = runs, parameters, sinks
+        self.together, self.failed = together, failed
+
+    def said(self) -> str:
+        """What the log says of the pack; nothing of a run that is alone."""
+        if len(self.runs) == 1:
+            return ""
+        return f"; in a pack of {len(self.runs)} runs, {'fast' if self.together else 'exact'}"
+
+    def step(self, active: Sequence[Run]) -> None:
+        """One optimizer step of every active run. Those that cannot go on have a ``failure`` afterwards."""
         started = time.perf_counter()
-        _activate(model, run.name, parameters)
-        batch = run.next_batch()
-        losses[run.name] = backward_passes(base, model, driver, run.this_step(), batch, last_run=run is active[-1])
-        counts[run.name] = (
-            sum(len(row.input_ids) for row in batch),
-            sum(sum(row.loss_mask[1:]) for row in batch),
-        )
-        seconds[run.name] = time.perf_counter() - started
-    started = time.perf_counter()
-    norms = {run.name: _checked_norm(run, losses[run.name].loss, driver) for run in active}
-    for run in active:
-        if run.spec.training.max_gradient_norm is not None:
-            driver.clip(run.name, norms[run.name], run.spec.training.max_gradient_norm)
-    rates = {run.name: 0.0 if run.ended else run.learning_rate() for run in runs}
-    driver.step(rates)
-    shared_seconds = (time.perf_counter() - started) / len(active)
-    for run in active:
-        _record(
-            run,
-            losses[run.name],
-            norms[run.name],
-            rates[run.name],
-            counts[run.name],
-            seconds[run.name] + shared_seconds,
-            sinks[run.name],
-        )
+        batches: dict[str, list[Encoded]] = {}
+        for run in active:
+            try:
+                batches[run.name] = run.next_batch()
+            except ShiftgradError as error:
+                self._fail(run, error)
+        losses, seconds = self._passes([run for run in active if run.failure is None], batches)
+        self.driver.finish_accumulation()
+        shared_from = time.perf_counter()
+        norms: dict[str, float] = {}
+        for run in active:
+            if run.name in losses and losses[run.name].failure is None:
+                try:
+                    norms[run.name] = _checked_norm(run, losses[run.name].loss, self.driver)
+                except TrainingError as error:
+                    losses[run.name].failure = error
+        for run in active:
+            failure = losses[run.name].failure if run.name in losses else None
+            if failure is not None:
+                self._fail(run, failure)
+        stepping = [run for run in active if run.failure is None]
+        if not stepping:
+            return
+        for run in active:
+            if run.failure is not None:
+                self.driver.discard(run.name)
+        for run in stepping:
+            if run.spec.training.max_gradient_norm is not None:
+                self.driver.clip(run.name, norms[run.name], run.spec.training.max_gradient_norm)
+        rates = {run.name: 0.0 if run.ended else run.learning_rate() for run in self.runs}
+        self.driver.step(rates)
+        counts = {run.name: _counts(batches[run.name]) for run in stepping}
+        if self.together:  # one pass for all: each has the share of its tokens
+            all_tokens = sum(num_tokens for num_tokens, _ in counts.values())
+            whole = time.perf_counter() - started
+            seconds = {name: whole * num_tokens / all_tokens for name, (num_tokens, _) in counts.items()}
+        else:
+            shared = (time.perf_counter() - shared_from) / len(stepping)
+            seconds = {run.name: seconds[run.name] + shared for run in stepping}
+        for run in stepping:
+            name = run.name
+            _record(run, losses[name], norms[name], rates[name], counts[name], seconds[name], self.sinks[name])
+
+    def _passes(
+        self, runs: Sequence[Run], batches: Mapping[str, Sequence[Encoded]]
+    ) -> tuple[dict[str, StepLosses], dict[str, float]]:
+        """The losses of every run's step, whose gradients the driver has then; seconds where each run has its own."""
+        base, model, driver = self.base, self.model, self.driver
+        if self.together and len(runs) > 1:
+            steps = [(run.this_step(), batches[run.name]) for run in runs]
+            return backward_passes(base, model, driver, steps, last=True), {}
+        losses: dict[str, StepLosses] = {}
+        seconds: dict[str, float] = {}
+        for run in runs:
+            started = time.perf_counter()
+            _activate(model, run.name, self.parameters)
+            one = [(run.this_step(), batches[run.name])]
+            losses |= backward_passes(base, model, driver, one, last=run is runs[-1])
+            seconds[run.name] = time.perf_counter() - started
+        return losses, seconds
+
+    def _fail(self, run: Run, error: ShiftgradError) -> None:
+        run.failure = error
+        self.failed(run.name, error)
+
+    def finish(self, run: Run) -> RunResult:
+        """Give the adapter of a run that has ended to its sink."""
+        sink = self.sinks[run.name]
+        if run.stopped_early:
+            sink.log(f"stopped early after step {run.step} of {run.num_steps}: the loss has diverged")
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "adapter"
+            save_adapter(self.model, run.name, run.spec.base_name, folder)
+            sink.adapter(run.name, folder)
+        return run.result()
 
 
-def _save_checkpoints(
-    driver: DeepSpeedDriver, stepped: Sequence[_Run], sinks: Mapping[str, RunSink], settings: CheckpointSettings
-) -> None:
-    """Checkpoint those of the runs just stepped that are due, and any that has ended while others go on."""
-    others_go_on = not all(run.ended for run in stepped)
-    for run in stepped:
-        due = settings.due(run.step, time.monotonic() - run.saved_at)
-        if due or (settings.enabled and run.ended and others_go_on):
-            save_checkpoint(run.name, run.done, driver, sinks[run.name], run.signals)
-            run.saved_at = time.monotonic()
-
-
-def _checked_norm(run: _Run, loss: float, driver: DeepSpeedDriver) -> float:
+def _checked_norm(run: Run, loss: float, driver: DeepSpeedDriver) -> float:
     norm = driver.gradient_norm(run.name)
     if norm == 0 or not math.isfinite(norm):
         raise TrainingError(
@@ -314,8 +275,29 @@ def _checked_norm(run: _Run, loss: float, driver: DeepSpeedDriver) -> float:
     return norm
 
 
+def _counts(batch: Sequence[Encoded]) -> tuple[int, int]:
+    """Tokens of the rows, and those under the loss."""
+    return sum(len(row.input_ids) for row in batch), sum(sum(row.loss_mask[1:]) for row in batch)
+
+
+def _save_checkpoints(
+    driver: DeepSpeedDriver,
+    stepped: Sequence[Run],
+    runs: Sequence[Run],
+    sinks: Mapping[str, RunSink],
+    settings: CheckpointSettings,
+) -> None:
+    """Checkpoint those of the runs just stepped that are due, and any that has ended while others go on."""
+    others_go_on = not all(run.ended for run in runs)
+    for run in stepped:
+        due = settings.due(run.step, time.monotonic() - run.saved_at)
+        if due or (settings.enabled and run.ended and others_go_on):
+            save_checkpoint(run.name, run.done, driver, sinks[run.name], run.signals)
+            run.saved_at = time.monotonic()
+
+
 def _record(
-    run: _Run,
+    run: Run,
     losses: StepLosses,
     norm: float,
     learning_rate: float,

@@ -12,6 +12,7 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.logger import LoggerCallback
 
+from engine.pack_work import told
 from engine.scheduler import StaysInDriver, why_failed
 from engine.trackers.feed import Feed
 from trainables.rows import TrainingRow
@@ -27,8 +28,13 @@ class TrackerCallback(StaysInDriver, LoggerCallback):
         del iteration, trial
         if result.get("rows"):
             self.feed.steps([TrainingRow(**row) for row in result["rows"]])
+        member = told(result)
+        if member is not None and member[1] is not None:
+            self.feed.failed(member[0], member[1])
 
     def log_trial_end(self, trial: Trial, failed: bool = False) -> None:
+        if "pack" in trial.config:
+            return  # a pack only trains: each of its runs ends in a trial of its own
         reason = why_failed(trial, failed)
         if reason is None:
             self.feed.done(trial.config["job"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import trainables.tune_trainable
+from engine.run_sink import StoreSink
 from engine.store import Store
-from engine.work import StoreSink
 from tests.engine.tracked import training_rows
 from trainables.errors import TrainingError
 from trainables.tune_trainable import Report, tune_trainable
@@ -27,8 +27,17 @@ class Work:
     ends_with: Exception | None = None
     threads: int = 1
 
-    def run(self, job_id: str, report: Report) -> None:
-        assert job_id == "run"
+    def train_pack(self, job_ids: Sequence[str], note: str, report: Report) -> Mapping[str, float | str | int]:
+        """Two runs at work side by side, of which one cannot go on."""
+        assert note == "smaller"
+        for step in (1, 2):
+            for job_id in job_ids:
+                report(job=job_id, phase="train", units_done=step, units_total=2)
+        report(last=True, job=job_ids[1], pack_failed="TrainingError: it diverged")
+        return {"pack_fits": 3}
+
+    def run(self, job_id: str, report: Report, note: str = "") -> None:
+        assert (job_id, note) == ("run", "")
         sink = self.sink(report)
         for row in ROWS[:2]:  # a resumed training gives these again
             sink.training(row)
@@ -65,3 +74,11 @@ def test_every_step_is_told_once_and_in_order(
     if interval_s == 0:
         assert [len(message["rows"]) for message in sent] == [3, 1, 1, 0]
         assert sent[0]["loss"] == ROWS[2].loss
+
+
+def test_the_runs_of_a_pack_report_side_by_side(sent: list[dict[str, Any]]) -> None:
+    tune_trainable({"job": "a", "pack": ["a", "b"], "note": "smaller"}, Work(sink=lambda _: pytest.fail("no run")))
+    told = [(one["job"], one["status"], one.get("units_done")) for one in sent]
+    assert told == [("a", "running", 1), ("b", "running", 1), ("b", "running", None), ("a", "done", None)]
+    assert sent[2]["pack_failed"] == "TrainingError: it diverged"
+    assert sent[3]["pack_fits"] == 3

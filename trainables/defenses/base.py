@@ -97,11 +97,12 @@ class DefenseConfig(Config):
 
     ``semantics`` is raised when a fix changes what the same config does to the numbers: it is part of the identity of
     every run that uses the kind. ``excludes`` names kinds that cannot stand beside this one in a list (its own name:
-    at most once).
+    at most once). ``is_second_order`` is what its mechanism says: whether a penalty is of a gradient.
     """
 
     semantics: ClassVar[int] = 1
     excludes: ClassVar[frozenset[str]] = frozenset()
+    is_second_order: ClassVar[bool] = False
 
     kind: str
     """Which kind of defense."""

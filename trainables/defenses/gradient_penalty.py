@@ -25,6 +25,7 @@ class GradientPenalty(DefenseConfig):
     shiftgrad's own is used."""
 
     excludes = frozenset({"gradient_edit"})
+    is_second_order = True
 
     kind: Literal["gradient_penalty"] = "gradient_penalty"
     vector: VectorName

@@ -1,0 +1,113 @@
+"""Which trainings share a pack: one trial, one process and one frozen base for several runs.
+
+Runs can share a pack if they agree in their pack key: the base (model, revision, dtype, what is merged into it), and
+whether a penalty is of second order, because such a training needs other operations. All else may differ: rows,
+vectors, prompts, edits, penalties, learning rate, schedule, rank, modules, dropout, batch size, micro-batches,
+padding, seed and length. Nothing of it is in an identity.
+
+The longest trainings go first, so that those of a pack end together. A pack that could not be trained (for lack of
+memory, or because its process died) is tried again in smaller ones, down to runs alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from analysis.manifest import adapter_key, run_key
+from engine.store import Store
+from engine.tasks import Job, RunJob, TrainTask
+
+MAX_AUTO = 16  # runs of a pack that nobody has given a size for
+
+
+def pack_key(train: TrainTask) -> str:
+    """What runs of a pack must agree in."""
+    second_order = any(item.is_second_order for item in train.defense)
+    base = {"base": train.base.identity(), "merged": train.start.merged}
+    return json.dumps(base | {"second_order": second_order}, sort_keys=True)
+
+
+def pack_keys(jobs: Iterable[Job], trained: Iterable[str]) -> dict[str, str]:
+    """Pack keys of the runs that are to be trained."""
+    done = frozenset(trained)
+    trainings = [job.train for job in jobs if isinstance(job, RunJob) and job.train is not None]
+    return {train.id: pack_key(train) for train in trainings if train.id not in done}
+
+
+@dataclass
+class Packer:
+    """Packs of the trainings that wait. ``size``: runs of a pack; None: as many as fit, which the trials say.
+
+    ``num_steps``: optimizer steps by run.
+    """
+
+    keys: dict[str, str]
+    num_steps: Mapping[str, int]
+    size: int | None
+    num_trials: int
+    done: set[str] = field(default_factory=set)  # runs that have been trained since
+    limits: dict[str, int] = field(default_factory=dict)  # by key, once one was found
+    notes: dict[str, str] = field(default_factory=dict)  # by run: why its pack is smaller than was meant
+
+    def members(self, job_id: str, ready: Sequence[str], coming: Sequence[str]) -> list[str] | None:
+        """The pack that ``job_id``, which is ready, brings to a trial: itself alone where it needs no training or fits
+        with no other; None: it is better to wait, as what others of it need is under way.
+
+        ``ready``: jobs that could start now; ``coming``: those whose parents are all being worked at.
+        """
+        key = self.keys.get(job_id)
+        if key is None or job_id in self.done:
+            return [job_id]
+        same = [one for one in ready if self.keys.get(one) == key and one not in self.done]
+        later = [one for one in coming if self.keys.get(one) == key]
+        limit = self.limits.get(key, self.size or MAX_AUTO)
+        if self.size is None:  # no trial stands idle for a pack
+            limit = min(limit, math.ceil((len(same) + len(later)) / self.num_trials))
+        if limit <= 1:
+            return [job_id]
+        if len(same) < limit and later:
+            return None
+        same.sort(key=lambda one: -self.num_steps.get(one, 0))  # stable
+        return same[:limit]
+
+    def trained(self, job_id: str) -> None:
+        """What is left to do of a run needs no pack."""
+        self.done.add(job_id)
+
+    def found(self, job_id: str, fits: int) -> None:
+        """A trial has found that so many runs like this one fit."""
+        if self.size is None:
+            self.limits[self.keys[job_id]] = max(1, fits)
+
+    def split(self, members: Sequence[str], left: Sequence[str], reason: str) -> str:
+        """A pack has failed, with ``left`` of its members not trained; returns what to say of it."""
+        limit = max(1, len(members) // 2)
+        smaller = f"in packs of at most {limit}" if limit > 1 else "one by one"
+        said = f"a pack of {len(members)} failed ({reason}); its runs are trained {smaller}"
+        for job_id in left:
+            key = self.keys[job_id]
+            self.limits[key] = min(self.limits.get(key, limit), limit)
+            self.notes[job_id] = said
+        return said
+
+
+def num_packs(packer: Packer) -> int:
+    """In how many trials the trainings are done, where nothing has to wait and nothing fails."""
+    count = 0
+    for key in set(packer.keys.values()):
+        runs = sum(other == key for other in packer.keys.values())
+        limit = packer.size or min(MAX_AUTO, math.ceil(runs / packer.num_trials))
+        count += math.ceil(runs / limit)
+    return count
+
+
+def trained_runs(jobs: Mapping[str, Job], store: Store) -> list[str]:
+    """Runs whose training is done, whatever else of their job is not."""
+    return [
+        job.id
+        for job in jobs.values()
+        if isinstance(job, RunJob) and store.exists(run_key(job.id)) and store.is_complete(adapter_key(job.id))
+    ]
