@@ -73,7 +73,7 @@ def coefficient_curves(
     width: Width,
 ) -> Drawn | None:
     """Figure 4c, and with ``scores`` 4d beside it: all tables with columns series and coefficient. Loss, cosine with
-    ``vector`` at ``layer``, and what trained runs scored (columns metric, value, error)."""
+    ``vector`` at ``layer``, and what trained runs scored (columns metric, value, low, high)."""
     chosen = gradients[(gradients["vector"] == vector) & (gradients["layer"] == layer)]
     loss = summarised(losses, ["series", "coefficient"], "loss_mean").assign(panel="loss (nats/token)")
     cosine = summarised(chosen, ["series", "coefficient"], "cosine").assign(
@@ -82,7 +82,7 @@ def coefficient_curves(
     parts = [loss, cosine]
     if scores is not None and len(scores):
         panels = [f"{metric} after training" for metric in scores["metric"]]
-        parts.append(scores.assign(panel=panels).rename(columns={"value": "y"}))
+        parts.append(scores.assign(panel=panels, error=np.nan).rename(columns={"value": "y"}))
     points = pd.concat(parts).rename(columns={"coefficient": "x"})
     return curves(points, x_label="coefficient", y_label="mean", width=width, shared_y=False, shared_x=True)
 

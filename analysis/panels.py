@@ -61,9 +61,9 @@ def curves(
     shared_y: bool = True,
     shared_x: bool = False,
 ) -> Drawn | None:
-    """Columns panel, series, x, y, error (standard error; NaN: none). Means with a band of 1.96 errors; ``zero`` draws
-    the line at 0. ``shared_y``: all panels have one scale; else each panel's title says what its scale is.
-    ``shared_x``: all panels show the same x."""
+    """Columns panel, series, x, y, error (standard error; NaN: none), and maybe low, high. Means with a band: the
+    interval from low to high where it is known, else 1.96 errors. ``zero`` draws the line at 0. ``shared_y``: all
+    panels have one scale; else each panel's title says what its scale is. ``shared_x``: all panels show the same x."""
     found = points.dropna(subset=["y"])
     if found.empty:
         return None
@@ -80,8 +80,10 @@ def curves(
                 number = list(looks).index(str(series))
                 every = max(1, math.ceil(len(ordered) / _MAX_MARKERS))
                 half = 1.96 * ordered["error"].fillna(0)
-                if (half > 0).any():
-                    low, high = ordered["y"] - half, ordered["y"] + half
+                low, high = ordered["y"] - half, ordered["y"] + half
+                if "low" in ordered:
+                    low, high = ordered["low"].fillna(low), ordered["high"].fillna(high)
+                if (high > low).any():
                     axes.fill_between(ordered["x"], low, high, color=marker["color"], alpha=0.13, linewidth=0)
                 axes.plot(
                     ordered["x"],

@@ -82,7 +82,7 @@ def _crossed(results: Results, predictions: pd.DataFrame) -> Iterator[Block]:
         partial(figures.cross_trait_curves, cross_trait_gradients(results)),
     )
     metrics = list(dict.fromkeys(table["metric"].dropna()))
-    foreseen, found = "foreseen: shift of the cosine", f"found: {', '.join(metrics)} after training"
+    foreseen, found = "foreseen: shift", f"found: {', '.join(metrics)}"
     parts = [table.assign(panel=foreseen, value=table["shift"])]
     if table["score"].notna().any():
         parts.append(table.assign(panel=found, value=table["score"]))
@@ -179,7 +179,7 @@ def _blocks(results: Results, entry: MeasureEntry) -> Iterator[Block]:
                 "Means over rows of the data with 95 % bands; a curve per way of steering."
                 + (
                     " Last, the runs that were trained with that steering, coefficient 0 being the undefended run: "
-                    "means over answers, with the error over questions (and seeds, where there are several)."
+                    "means over answers, with intervals over questions (and seeds, where there are several)."
                     if beside
                     else ""
                 ),

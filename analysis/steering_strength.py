@@ -39,9 +39,9 @@ def with_coefficients(frame: pd.DataFrame, entry: MeasureEntry) -> pd.DataFrame:
 def scores_by_coefficient(results: Results, entry: MeasureEntry) -> pd.DataFrame:
     """What runs scored that had a steered condition of the measurement as their defense, on the data that it read.
 
-    Columns series, coefficient, metric, value, error (over questions; with several seeds also over these). The
-    undefended run is coefficient 0 of every series that has a run. Where runs differ in more than their defense and
-    seed, the series says in what. No rows where no such run has been scored.
+    Columns series, coefficient, metric, value, and low, high: its 95 % interval over questions, with several seeds also
+    over these. The undefended run is coefficient 0 of every series that has a run. Where runs differ in more than their
+    defense and seed, the series says in what. No rows where no such run has been scored.
     """
     steered = {NO_DEFENSE: ("", 0.0)} | _steered(entry)
     condition_of = {run.label: name for name in steered for run in runs_of(results.manifest, entry, name)}
@@ -60,9 +60,9 @@ def scores_by_coefficient(results: Results, entry: MeasureEntry) -> pd.DataFrame
             continue
         series, coefficient = steered[condition_of[run.label]]
         settings = "".join(f", {field.rpartition('.')[2]} {run.config.get(field)}" for field in apart)
-        score = {"metric": metric, "value": value, "error": shown[group][f"{metric}_se"]}
+        score = {"metric": metric, "value": value} | {end: shown[group][f"{metric}_{end}"] for end in ("low", "high")}
         rows.append({"series": series, "settings": settings, "coefficient": coefficient} | score)
-    frame = pd.DataFrame(rows, columns=["series", "settings", "coefficient", "metric", "value", "error"])
+    frame = pd.DataFrame(rows, columns=["series", "settings", "coefficient", "metric", "value", "low", "high"])
     is_defended = frame["series"] != ""
     parts = [frame.iloc[:0]]
     for (name, also), defended in frame[is_defended].groupby(["series", "settings"], sort=False):

@@ -69,7 +69,16 @@ CANDIDATES = pd.DataFrame(
     }
 )
 
-SCORES = pd.DataFrame({"series": "evil", "coefficient": [0, 2], "metric": "trait", "value": [0.5, 0.25], "error": 0.1})
+SCORES = pd.DataFrame(
+    {
+        "series": "evil",
+        "coefficient": [0, 2],
+        "metric": "trait",
+        "value": [0.5, 0.25],
+        "low": [0.25, 0.125],
+        "high": [0.75, 1.0],
+    }
+)
 CELLS = table(candidate=["none", "pps"], measurement=["a", "b"])
 
 FIGURES: dict[str, Callable[[Width], Drawn | None]] = {
@@ -211,6 +220,9 @@ def test_scores_of_runs_stand_beside_the_curves_over_coefficients(figures: list[
     loss, cosine, score = figures[0].axes
     assert score.get_title(loc="left") == "trait after training"
     assert points_of(score) == [[0, 0.5, 2, 0.25]]
+    (band,) = score.collections
+    ends = band.get_paths()[0].get_extents()
+    assert (ends.ymin, ends.ymax) == (0.125, 1.0), "the interval, not a number of errors"
     assert loss.get_xlim() == cosine.get_xlim() == score.get_xlim()
     assert loss.get_ylim() != score.get_ylim()
 
