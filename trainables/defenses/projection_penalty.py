@@ -5,54 +5,23 @@ The auxiliary loss of the training-time methods that activation capping is compa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
-from pydantic import Field
 
 from trainables.config import VectorName
-from trainables.defenses.base import DefenseConfig, Mechanism, Positions, RunRows, direction_at
-from trainables.penalties import Penalty
-from trainables.shapes import Layers, ModelShape, VectorShape, chosen_layers, layers_faults, layers_label
+from trainables.defenses.penalty import PenaltyConfig
 
 
-class ProjectionPenalty(DefenseConfig):
+class ProjectionPenalty(PenaltyConfig):
     """Add ``strength`` times the mean of <h, a>^2 to the loss, a the direction of the vector's row of the layer."""
 
     kind: Literal["projection_penalty"] = "projection_penalty"
     vector: VectorName
     """Name of one of the sweep's ``vectors``; its length has no say."""
-    strength: float = Field(gt=0)
-    """What the mean squared projection is multiplied with, in nats."""
-    layers: Layers = "all_but_last"
-    """Where: a list, ``all`` or ``all_but_last``; the mean is over them too."""
-    positions: Positions = "response"
-    """Over which tokens: ``all``, those of the ``prompt`` or those of the ``response``."""
 
-    def label(self) -> str:
-        where = "" if self.layers == "all_but_last" else f" {layers_label(self.layers)}"
-        return f"projection penalty {self.vector}{where} x{self.strength:g}"
+    def vector_name(self) -> str:
+        return self.vector
 
-    def faults(self, model: ModelShape, vectors: Mapping[str, VectorShape]) -> Iterable[tuple[str, str]]:
-        for fault in layers_faults(self.layers, model, [vectors.get(self.vector)]):
-            yield "layers", fault
-
-    def mechanism(self, vectors: Mapping[str, torch.Tensor]) -> Mechanism:
-        layers = chosen_layers(self.layers, vectors[self.vector].shape[0] - 1)
-        return _Penalising(self, {layer: direction_at(vectors, self.vector, layer) for layer in layers})
-
-
-class _Penalising(Mechanism):
-    def __init__(self, config: ProjectionPenalty, directions: Mapping[int, torch.Tensor]) -> None:
-        self.config = config
-        self.directions = directions
-
-    def penalties(self, batch: RunRows) -> Iterable[Penalty]:
-        mask = batch.mask(self.config.positions)
-        yield Penalty(self.config.label(), tuple(self.directions), self.config.strength, mask, self._squared)
-
-    def _squared(self, layer: int, hidden_ntd: torch.Tensor) -> torch.Tensor:
-        precise = torch.promote_types(hidden_ntd.dtype, torch.float32)
-        direction_d = self.directions[layer].to(device=hidden_ntd.device, dtype=precise)
-        return (hidden_ntd.to(precise) @ direction_d).square()
+    def value(self, read_ntd: torch.Tensor, row_d: torch.Tensor) -> torch.Tensor:
+        return (read_ntd @ row_d).square()
