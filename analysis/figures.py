@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from analysis.figure_style import COLORS, INK, LINES, MARKERS, SOFT, Drawn, Width, drawn, new_figure, style
 
 BASE_KIND = "base"
+EDITED_KIND = "edited"
 UNDEFENDED_KIND = "none"
 
 _PANELS_PER_ROW: dict[Width, int] = {"page": 3, "column": 1}

@@ -1,12 +1,24 @@
-"""Loading the model of a run, as it was sampled from: the base of the sweep with the run's adapter on it."""
+"""Loading the model of a run, as it was sampled from: the base of the sweep with the run's adapter on it, and with its
+weights moved if it is an edited one."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from analysis.manifest import RunEntry, adapter_key
+from analysis.manifest import EditEntry, RunEntry, adapter_key, pile_key
+from analysis.weight_space import (
+    Direction,
+    DirectionConfig,
+    chosen_parameters,
+    delta_of_adapter,
+    direction,
+    place_of,
+)
+from analysis.weight_space.edits import move
+from analysis.weight_space.files import read_pile
 from trainables.base_model import BaseConfig, LoadedBase, ResolvedBase, load_base, resolve_base
 from trainables.errors import ConfigError, Fault
 from trainables.lora import load_adapter
@@ -35,6 +47,12 @@ def find_base(results: Results, entry: RunEntry, *, cuda: bool, base: str | None
             if run_id != entry.run_id:
                 message = f"{entry.label!r} stands on the adapter of {run_id}, which is not in the store"
             raise ConfigError([Fault("run", message)], _HEADING)
+    if entry.edit is not None:
+        if not (results.root / adapter_key(entry.edit.finetuned_id) / "adapter_config.json").is_file():
+            fault = Fault("run", f"{entry.label!r} is not done: {entry.edit.finetuned!r} has no adapter yet")
+            raise ConfigError([fault], _HEADING)
+        if not all(path.is_file() for path in _pile_files(results, entry.edit)):
+            raise ConfigError([Fault("run", f"{entry.label!r} is not done: its direction is not made yet")], _HEADING)
     used = {name: entry.config[f"base.{name}"] for name in ("model", "revision", "dtype")}
     wanted = BaseConfig.model_validate(used if base is None else used | {"model": base})
     try:
@@ -60,10 +78,38 @@ def load_run(results: Results, entry: RunEntry, base: ResolvedBase, device: torc
     """
     loaded = load_base(base, device)
     loaded.tokenizer.padding_side = "left"
+    if entry.edit is not None:
+        return _edited(results, entry.edit, loaded), loaded
     if entry.kind == "base":
         return loaded.model, loaded
     loaded = merged_base(loaded, [results.root / adapter_key(run_id) for run_id in entry.merged])
     return load_adapter(loaded.fresh(), results.root / adapter_key(entry.run_id), entry.run_id), loaded
+
+
+def direction_of(results: Results, edit: EditEntry, loaded: LoadedBase, finetuned: Any) -> Direction:
+    """The direction of an edited model, out of the store. ``finetuned``: the finetuned model, where the direction rests
+    on what the finetuning changed."""
+    config = DirectionConfig.model_validate(edit.direction)
+    delta = delta_of_adapter(finetuned, edit.finetuned_id, loaded.model) if config.needs_delta else None
+    of, minus = (read_pile([results.root / pile_key(shard) for shard in ids]) for ids in (edit.of_ids, edit.minus_ids))
+    return direction(config, of, minus, place_of(loaded.model), delta)
+
+
+def load_finetuned(results: Results, edit: EditEntry, loaded: LoadedBase) -> Any:
+    """The finetuned model that an edit's piles are of, over ``loaded``, whose parameters it shares."""
+    return load_adapter(loaded.fresh(), results.root / adapter_key(edit.finetuned_id), edit.finetuned_id)
+
+
+def _edited(results: Results, edit: EditEntry, loaded: LoadedBase) -> Any:
+    finetuned = load_finetuned(results, edit, loaded)
+    along = direction_of(results, edit, loaded, finetuned)
+    for _ in move(chosen_parameters(loaded.model), along.items(), edit.alpha):
+        pass  # the weights stay moved: nobody else has this base
+    return loaded.model if edit.on_base else finetuned
+
+
+def _pile_files(results: Results, edit: EditEntry) -> list[Path]:
+    return [results.root / pile_key(shard) for shard in (*edit.of_ids, *edit.minus_ids)]
 
 
 def default_device() -> torch.device:

@@ -55,16 +55,36 @@ def tensors_key(shard_id: str) -> str:
     return f"measurements/{shard_id}.safetensors"
 
 
+def pile_key(shard_id: str) -> str:
+    """Key of the sum of gradients over a shard of a pile."""
+    return f"piles/{shard_id}.safetensors"
+
+
 def log_key(run_id: str) -> str:
     """Key of the log of a run or base."""
     return f"runs/{run_id}/log.txt"
 
 
+class EditEntry(Config):
+    """How an edited model is made: theta + alpha V, V the direction between two piles of a finetuned run's answers."""
+
+    finetuned: str = Field(min_length=1)  # label of the run whose answers the piles hold
+    finetuned_id: TaskId
+    target: str = Field(min_length=1)  # label of the model that is moved: the finetuned run, or its base
+    on_base: bool
+    alpha: float
+    name: str  # of the direction
+    direction: dict[str, Any]  # its DirectionConfig
+    of_ids: tuple[TaskId, ...]  # shards of the pile that the direction points away from
+    minus_ids: tuple[TaskId, ...]
+
+
 class RunEntry(Config):
-    """One row of the sweep: a run, a base that runs start from (which has no training), or imported answers."""
+    """One row of the sweep: a run, a base that runs start from (which has no training), a model whose weights were
+    moved, or imported answers."""
 
     label: str = Field(min_length=1)
-    kind: Literal["run", "base", "imported"]
+    kind: Literal["run", "base", "edited", "imported"]
     run_id: TaskId
     sample_id: TaskId
     judge_ids: dict[str, TaskId]  # metric name -> judging task
@@ -73,6 +93,7 @@ class RunEntry(Config):
     parent: TaskId | None = None  # the run that it starts from; None: the base
     merged: tuple[TaskId, ...] = ()  # trainings whose adapters are merged into the base that this run's is on, in order
     scales: dict[str, tuple[float, float]] = Field(default_factory=dict)  # metric name -> least and greatest value
+    edit: EditEntry | None = None  # of an edited model
 
 
 class MeasureEntry(Config):
@@ -113,8 +134,20 @@ class AskedEntry(Config):
     rule: dict[str, Scalar]  # how answers are chosen
 
 
+class PileEntry(Config):
+    """A pile of a finetuned run's answers, and the tasks that sum gradients over its shards."""
+
+    run: str = Field(min_length=1)  # label
+    name: str
+    shard_ids: tuple[TaskId, ...]
+    sample_id: TaskId
+    judge_ids: dict[str, TaskId]
+    where: dict[str, bool]  # what metrics must say of an answer
+
+
 class Manifest(Config):
-    """A sweep: its rows in order, its vectors (name -> task id), what these are made of, and its measurements."""
+    """A sweep: its rows in order, its vectors (name -> task id), what these are made of, its measurements, and its
+    piles."""
 
     format: int = FORMAT
     name: str = Field(min_length=1)
@@ -122,6 +155,7 @@ class Manifest(Config):
     vectors: dict[str, TaskId]
     measurements: tuple[MeasureEntry, ...] = ()
     asked: tuple[AskedEntry, ...] = ()
+    piles: tuple[PileEntry, ...] = ()
 
     @model_validator(mode="after")
     def _labels_are_unique(self) -> Manifest:

@@ -31,6 +31,7 @@ from analysis.report_content import (
     summary_rows,
 )
 from analysis.report_measurements import measurement_sections, sweep_blocks
+from analysis.report_weights import weight_sections
 from analysis.results import Results
 from trainables.errors import StoreError
 
@@ -67,7 +68,8 @@ def write_report(results: Results, folder: Path) -> Path:
         )
         if figure is not None
     }
-    measurements, together = measurement_sections(results), sweep_blocks(results)
+    measurements = [*measurement_sections(results), *weight_sections(results)]
+    together = sweep_blocks(results)
     before_after = before_after_blocks(entries, summary, panels)
     blocks = [*before_after, *(block for section in measurements for block in section.blocks), *together]
     drawn |= {(block.name, width): figure for block in blocks for width, figure in block.drawn.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.figures import BASE_KIND, Panel
+from analysis.figures import BASE_KIND, EDITED_KIND, Panel
 from analysis.groups import seed_groups
 from analysis.manifest import DEGENERATION, RunEntry, metrics_of
 from analysis.quantities import PLAIN_LOSS, RATE, bounds_of
@@ -109,8 +109,10 @@ def panels_of(entries: Sequence[RunEntry], scores: pd.DataFrame) -> list[Panel]:
 
 
 def kinds_of(entries: Sequence[RunEntry]) -> dict[str, str]:
-    """The kind of defense of each run, such as ``pps`` or ``pps + inoculation``; a base is of the kind ``base``."""
-    return {entry.label: BASE_KIND if entry.kind == "base" else _defense_kind(entry) for entry in entries}
+    """The kind of defense of each run, such as ``pps`` or ``pps + inoculation``; a base is of the kind ``base``, an
+    edited model of the kind ``edited``."""
+    kinds = {"base": BASE_KIND, "edited": EDITED_KIND}
+    return {entry.label: kinds.get(entry.kind) or _defense_kind(entry) for entry in entries}
 
 
 def summary_rows(summary: pd.DataFrame, panels: Sequence[Panel], entries: Sequence[RunEntry]) -> list[SummaryRow]:

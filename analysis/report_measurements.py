@@ -23,6 +23,8 @@ from analysis.rows import NO_CONDITION
 from analysis.steering_strength import scores_by_coefficient, with_coefficients
 
 WIDTHS: tuple[Width, ...] = ("page", "column")
+WEIGHTS = "weight_steering"
+"""A kind that has sections of its own (analysis/report_weights.py)."""
 _MAX_LAYERS = 3
 
 
@@ -52,7 +54,7 @@ def measurement_sections(results: Results) -> list[Section]:
     """One section per measurement of the sweep, in its order; without blocks where nothing is done yet."""
     sections = []
     predictions = foretold(results)
-    for name in dict.fromkeys(entry.name for entry in results.manifest.measurements):
+    for name in dict.fromkeys(entry.name for entry in results.manifest.measurements if entry.kind != WEIGHTS):
         entries = [entry for entry in results.manifest.measurements if entry.name == name]
         blocks = [block for entry in entries for block in _blocks(results, entry)]
         blocks += [*_compared(results, entries), *_steering_vectors(results, entries[0])]
@@ -74,7 +76,7 @@ def _crossed(results: Results, predictions: pd.DataFrame) -> Iterator[Block]:
         return
     axes = dict(zip(table["measurement"], zip(table["data"], table["trait"], strict=True), strict=True))
     read = "; ".join(f"{name}: {data}, along {trait}" for name, (data, trait) in axes.items())
-    yield from _drawn(
+    yield from drawn_block(
         "cross_trait_curves",
         "Across traits: the cosine over layers",
         f"Mean over rows of the gradient's cosine with the vector of the trait that the data teaches ({read}). A "
@@ -87,7 +89,7 @@ def _crossed(results: Results, predictions: pd.DataFrame) -> Iterator[Block]:
     if table["score"].notna().any():
         parts.append(table.assign(panel=found, value=table["score"]))
     scales = {scale for run in results.manifest.runs for name, scale in run.scales.items() if name in metrics}
-    yield from _drawn(
+    yield from drawn_block(
         "cross_trait_matrix",
         "Across traits: foreseen and found",
         f"Each candidate (row) on each data ({read}). Shift: how much it raises the cosine of the gradient, mean over "
@@ -144,7 +146,7 @@ def _blocks(results: Results, entry: MeasureEntry) -> Iterator[Block]:
         vectors = list(dict.fromkeys(gradients["vector"]))
         layers = _few_layers(gradients)
         trait = str(entry.config.get("trait") or vectors[0])
-        yield from _drawn(
+        yield from drawn_block(
             f"{stem}_cosine_scatter",
             f"Gradient cosine along {trait} with and without{where}",
             "A point per row of the data. Below 0 a step of gradient descent pushes activations along the vector. "
@@ -152,7 +154,7 @@ def _blocks(results: Results, entry: MeasureEntry) -> Iterator[Block]:
             "sign flips.",
             partial(figures.cosine_scatter, gradients, vector=trait, layers=layers),
         )
-        yield from _drawn(
+        yield from drawn_block(
             f"{stem}_cosine_by_layer",
             f"Gradient cosine over layers{where}",
             "Mean over rows, with its standard error. A steering vector changes what is read below its layer through "
@@ -161,7 +163,7 @@ def _blocks(results: Results, entry: MeasureEntry) -> Iterator[Block]:
         )
     losses = table("losses")
     if len(set(losses["condition"])) > 1:
-        yield from _drawn(
+        yield from drawn_block(
             f"{stem}_loss_scatter",
             f"Loss with and without{where}",
             "A point per row, in nats per response token. Above the identity line the defense explains the row.",
@@ -173,7 +175,7 @@ def _blocks(results: Results, entry: MeasureEntry) -> Iterator[Block]:
             layer = layers[-1] if len(layers) < 2 else layers[1]
             scores = scores_by_coefficient(results, entry)
             beside = " and what runs with them scored" if len(scores) else ""
-            yield from _drawn(
+            yield from drawn_block(
                 f"{stem}_coefficients",
                 f"Loss and cosine over coefficients{beside}{where}",
                 "Means over rows of the data with 95 % bands; a curve per way of steering."
@@ -203,7 +205,7 @@ def _further(table: Callable[[str], pd.DataFrame], entry: MeasureEntry, stem: st
         curves = with_coefficients(similarities, entry)
         read = sorted(set(similarities["layer"]))
         for series in dict.fromkeys(curves["series"]):
-            yield from _drawn(
+            yield from drawn_block(
                 f"{stem}_signature_{series}",
                 f"Gradient under {series} against that under {reference}{where}",
                 "Mean over rows of the cosine of the two gradients, token by token, over the coefficient; a curve per "
@@ -213,14 +215,14 @@ def _further(table: Callable[[str], pd.DataFrame], entry: MeasureEntry, stem: st
     components = table("components")
     if len(components):
         layers = sorted(set(components["layer"]))
-        yield from _drawn(
+        yield from drawn_block(
             f"{stem}_explained",
             f"Directions of the gradient's change{where}",
             "Share of the (uncentred) change of the gradient that each principal direction explains.",
             partial(figures.explained_variance, components, layers=layers[:_MAX_LAYERS]),
         )
         for layer in layers[:_MAX_LAYERS]:
-            yield from _drawn(
+            yield from drawn_block(
                 f"{stem}_components_{layer}",
                 f"What the directions are, layer {layer}{where}",
                 "Cosine of the first directions, and of the mean change, with vectors.",
@@ -229,13 +231,13 @@ def _further(table: Callable[[str], pd.DataFrame], entry: MeasureEntry, stem: st
     changes = table("activation_changes")
     if len(changes):
         for vector in dict.fromkeys(changes["vector"]):
-            yield from _drawn(
+            yield from drawn_block(
                 f"{stem}_change_{vector}",
                 f"One gradient step: activations along {vector}{where}",
                 "dh is what one step on a row does to the row's own activations, read without the defense.",
                 partial(figures.change_by_layer, changes, vector=vector),
             )
-            yield from _drawn(
+            yield from drawn_block(
                 f"{stem}_change_scatter_{vector}",
                 f"One gradient step with and without a defense, along {vector}{where}",
                 "A point per row. Below the identity line the defended step moves activations less along the vector.",
@@ -252,7 +254,7 @@ def _compared(results: Results, entries: Sequence[MeasureEntry]) -> Iterator[Blo
     if "base" not in set(projections["run"]) or projections["run"].nunique() < 2:
         return
     for vector in dict.fromkeys(projections["vector"]):
-        yield from _drawn(
+        yield from drawn_block(
             f"{entries[0].name}_projections_{vector}",
             f"Activations of trained models along {vector}",
             "Mean projection minus that of the base on the same rows, in units of the base's mean activation norm.",
@@ -279,7 +281,7 @@ def _steering_vectors(results: Results, entry: MeasureEntry) -> Iterator[Block]:
         if layer and float(row.norm() * against.norm()) > 0
     ]
     if rows:
-        yield from _drawn(
+        yield from drawn_block(
             f"{entry.name}_vector_cosines",
             "The vectors that steer beside the others",
             "Cosine at every layer.",
@@ -317,7 +319,7 @@ def _predicted(name: str, frame: pd.DataFrame) -> Iterator[Block]:
     if len(found):
         metric = str(frame["metric"].dropna().iloc[0])
         labels = {"shift": "foreseen: shift of the cosine", "outcome": f"found: {metric} kept away"}
-        yield from _drawn(
+        yield from drawn_block(
             f"{name}_foreseen_and_found",
             "Foreseen and found",
             "A point per candidate. Up and to the right: a shift was foreseen, and the run kept the trait away.",
@@ -331,7 +333,8 @@ def _predicted(name: str, frame: pd.DataFrame) -> Iterator[Block]:
         )
 
 
-def _drawn(name: str, title: str, text: str, draw: Callable[..., Drawn | None]) -> Iterator[Block]:
+def drawn_block(name: str, title: str, text: str, draw: Callable[..., Drawn | None]) -> Iterator[Block]:
+    """A block with a figure in all widths; nothing where there is nothing to draw."""
     drawn = {width: figure for width in WIDTHS if (figure := draw(width=width)) is not None}
     if drawn:
         yield Block("".join(c if c.isalnum() or c in "-_" else "_" for c in name), title, text, drawn)

@@ -28,6 +28,7 @@ from analysis.measured_rows import (
     SimilarityRow,
 )
 from analysis.rows import AgreementRow, ExtractionRow, LossRow, RunRow, ScoreRow
+from analysis.weight_rows import WeightProfileRow, WeightSizeRow
 from trainables.errors import StoreError
 from trainables.rows import GenerationRow, SignalRow, TrainingRow
 
@@ -44,6 +45,8 @@ TABLES: dict[str, type] = {
     "component_scores": ComponentScoreRow,
     "activation_changes": ActivationChangeRow,
     "predictions": PredictionRow,
+    "weight_profiles": WeightProfileRow,
+    "weight_sizes": WeightSizeRow,
 }
 """The tables that are stored, with the class of their rows."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from analysis.manifest import RunEntry, Scalar
+from analysis.manifest import EditEntry, RunEntry, Scalar
 
 NO_DEFENSE = "none"
 ITSELF = "it is undefended itself"
@@ -26,18 +26,31 @@ def is_undefended(entry: RunEntry) -> bool:
 
 
 def partners_of(entries: Sequence[RunEntry]) -> dict[str, Partner]:
-    """The undefended run of every row by label. Nothing is guessed: with several candidates, or none, there is none."""
+    """The undefended run of every row by label. Nothing is guessed: with several candidates, or none, there is none. Of
+    a model whose weights were moved it is the model before that."""
+    labels = {entry.label for entry in entries}
     undefended = [entry for entry in entries if is_undefended(entry)]
     by_settings: dict[frozenset[tuple[str, str]], list[str]] = {}
     for entry in undefended:
         by_settings.setdefault(_key(settings_of(entry)), []).append(entry.label)
-    return {entry.label: _partner(entry, by_settings, undefended) for entry in entries}
+    return {
+        entry.label: _before_the_edit(entry.edit, labels)
+        if entry.edit is not None
+        else _partner(entry, by_settings, undefended)
+        for entry in entries
+    }
 
 
 def differing(configs: Sequence[Mapping[str, Scalar]]) -> list[str]:
     """The fields whose values are not the same in all of these, in order of appearance; absent is a value."""
     names = dict.fromkeys(name for config in configs for name in config)
     return [name for name in names if len({repr(config[name]) if name in config else None for config in configs}) > 1]
+
+
+def _before_the_edit(edit: EditEntry, labels: Collection[str]) -> Partner:
+    if edit.target in labels:
+        return Partner(edit.target, None)
+    return Partner(None, f"the model before the edit, {edit.target!r}, is not among the rows")
 
 
 def _partner(

@@ -32,7 +32,7 @@ class Garbage:
 
 def find_garbage(store: Store) -> list[Garbage]:
     """What can be removed, in order of key. Raises StoreError if a sweep is being run."""
-    named = {name: set[str]() for name in ("runs", "vectors", "tables")}
+    named = {name: set[str]() for name in ("runs", "vectors", "tables", "piles")}
     for sweep in store.names("sweeps"):
         holder = current_holder(store, sweep)
         if holder is not None:
@@ -48,12 +48,18 @@ def find_garbage(store: Store) -> list[Garbage]:
             named["tables"] |= {entry.run_id, entry.sample_id, *entry.judge_ids.values()}
             if entry.plain_loss_id is not None:
                 named["tables"].add(entry.plain_loss_id)
+        for pile in manifest.piles:
+            named["piles"] |= set(pile.shard_ids)
+            named["tables"] |= {pile.sample_id, *pile.judge_ids.values()}
         for measure in manifest.measurements:
             named["tables"] |= {*measure.shard_ids, *([measure.merge_id] if measure.merge_id else [])}
     found = []
     for name in store.names("measurements"):
         if name.removesuffix(".safetensors") not in named["tables"]:
             found.append(_garbage(store, f"measurements/{name}", "no sweep names it"))
+    for name in store.names("piles"):
+        if name.removesuffix(".safetensors") not in named["piles"]:
+            found.append(_garbage(store, f"piles/{name}", "no sweep names it"))
     for name in store.names("vectors"):
         if name.removesuffix(".safetensors").removesuffix(".log") not in named["vectors"]:
             found.append(_garbage(store, f"vectors/{name}", "no sweep names it"))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import bisect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from analysis.judges import MetricConfig
-from analysis.manifest import RunEntry, Scalar
+from analysis.manifest import EditEntry, RunEntry, Scalar
 from engine.lookup import Found, vector_names
 from engine.row_proofs import RowProofs, tokenizer_name
 from engine.smoke import smoke_cell, smoke_questions
@@ -20,6 +20,7 @@ from engine.tasks import (
     FROM_BASE,
     JudgeTask,
     LossTask,
+    QuestionText,
     RunJob,
     SampleTask,
     Start,
@@ -30,6 +31,7 @@ from engine.tasks import (
     task_id,
 )
 from engine.vector_tasks import VectorTasks
+from engine.weight_jobs import EditTask
 from trainables.base_model import ResolvedBase
 from trainables.defenses import defense_label
 from trainables.errors import Fault
@@ -78,7 +80,11 @@ class Graph:
         self.trains: dict[int, TrainTask] = {}  # by index of the cell
         self._entries: list[tuple[int, RunEntry]] = []  # with that index, in its order
         self.base_entries: list[RunEntry] = []
-        self.base_of: dict[str, RunEntry] = {}  # by label of the run
+        self.base_of: dict[str, RunEntry] = {}  # by label of the run, or edited model
+        self.edited_jobs: dict[str, RunJob] = {}
+        self.edited_entries: list[RunEntry] = []
+        self.sound: dict[str, SoundCell] = {}  # by label of the run
+        self.run_ids: dict[str, str] = {}
         self.shapes: dict[str, ModelShape] = {}  # by run, and base
         self.proofs = RowProofs(sources)
 
@@ -97,10 +103,16 @@ class Graph:
         return short
 
     def rows(self, labels: frozenset[str] | None) -> tuple[RunEntry, ...]:
-        """Rows of the sweep: the runs with these labels (None: all), after the bases that belong to them."""
-        runs = [entry for entry in self.entries if labels is None or entry.label in labels]
+        """Rows of the sweep: the runs, and edited models, with these labels (None: all), after the bases that belong to
+        them."""
+        runs = [entry for entry in self.all_entries if labels is None or entry.label in labels]
         bases = [self.base_of[entry.label] for entry in runs]
         return (*(base for base in self.base_entries if base in bases), *runs)
+
+    @property
+    def all_entries(self) -> list[RunEntry]:
+        """Rows that can be asked for: runs, then edited models."""
+        return [*self.entries, *self.edited_entries]
 
     def add(self, sound: SoundCell) -> None:
         """Add a cell's vectors, run, samples, judgements and measurements, and those of its base. The cell that it
@@ -138,6 +150,7 @@ class Graph:
                 self.sources.faults.append(Fault("runs", f"{message}; let them differ or remove one"))
                 return
         bisect.insort(self._entries, (sound.index, entry), key=lambda placed: placed[0])
+        self.sound[cell.label], self.run_ids[cell.label] = sound, train.id
         self._job(self.run_jobs, sound, train.id, cell.label, train)
 
         base_id = base_run_id(base)
@@ -179,6 +192,57 @@ class Graph:
         self.sources.faults += [fault for fault in faults if fault not in self.sources.faults]
         return None if faults else found
 
+    def judged(
+        self, sound: SoundCell, run_id: str, metrics: Mapping[str, MetricConfig]
+    ) -> tuple[SampleTask, dict[str, str]]:
+        """A run's answers to its evaluation, and their judgements by some of its metrics."""
+        sample = self._sample(run_id, sound)
+        return sample, {name: self._judge(run_id, sample.id, metric) for name, metric in metrics.items()}
+
+    def asked_too(
+        self,
+        sound: SoundCell,
+        run_id: str,
+        questions: tuple[QuestionText, ...],
+        sampling: SamplingConfig,
+        metrics: Mapping[str, MetricConfig],
+    ) -> tuple[SampleTask, dict[str, str]]:
+        """Have a run asked other questions too, beside its evaluation, and judge its answers."""
+        asked = Question(questions[0].id, questions[0].text)
+        self.proofs.must_render(sound.found.base, asked, sampling, "weight_steering.answers.system_prompt")
+        identity = task_id(SampleTask.identity(run_id, questions, sampling))
+        sample = SampleTask(id=identity, questions=questions, sampling=sampling)
+        job = self.run_jobs[run_id]
+        if sample.id not in [known.id for known in job.samples]:
+            self.run_jobs[run_id] = job.model_copy(update={"samples": (*job.samples, sample)})
+        return sample, {name: self._judge(run_id, sample.id, metric) for name, metric in metrics.items()}
+
+    def add_edited(
+        self,
+        sound: SoundCell,
+        run: str,
+        label: str,
+        edit: EditTask,
+        entry: EditEntry,
+        settings: Mapping[str, Scalar],
+    ) -> str | None:
+        """Add a model whose weights are moved, evaluated as the run labelled ``run`` is; returns what is wrong, if
+        anything."""
+        base = sound.found.base
+        edit_id = task_id(edit.identity(base_run_id(base)))
+        config = {**_flat(sound.cell, base), **settings}
+        row = self._evaluate(sound, edit_id, label, "edited", config).model_copy(update={"edit": entry})
+        for other in (*self.base_entries, *self.all_entries):
+            if _identity(other) == _identity(row) and not self.twins:
+                return f"two edited models have one identity ({edit_id}): {other.label!r} and {label!r}"
+            if other.label == label:
+                return f"an edited model would be called {label!r} like another row; give the direction another name"
+        self.edited_entries.append(row)
+        self.base_of[label] = self.base_of[run]
+        self._job(self.edited_jobs, sound, edit_id, label, None)
+        self.edited_jobs[edit_id] = self.edited_jobs[edit_id].model_copy(update={"edit": edit})
+        return None
+
     def _sample(self, run_id: str, sound: SoundCell) -> SampleTask:
         questions, sampling = sound.found.questions, sound.sampling
         asked = Question(questions[0].id, questions[0].text)
@@ -200,7 +264,7 @@ class Graph:
         sound: SoundCell,
         run_id: str,
         label: str,
-        kind: Literal["run", "base"],
+        kind: Literal["run", "base", "edited"],
         config: dict[str, Scalar],
         start: Start = FROM_BASE,
     ) -> RunEntry:
@@ -242,8 +306,8 @@ class Graph:
     def costs(self) -> dict[str, Cost]:
         """What every row of the sweep takes, by label."""
         costs = {}
-        jobs = {**self.base_jobs, **self.run_jobs}
-        for entry in (*self.base_entries, *self.entries):
+        jobs = {**self.base_jobs, **self.run_jobs, **self.edited_jobs}
+        for entry in (*self.base_entries, *self.all_entries):
             job = jobs[entry.run_id]
             sample = next(sample for sample in job.samples if sample.id == entry.sample_id)
             num_answers = len(sample.questions) * sample.sampling.samples

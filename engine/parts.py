@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from analysis.manifest import RunEntry
 from engine.tasks import Job, MeasureJob, MergeJob, RunJob
+from engine.weight_jobs import PileJob, ProfileJob
 
 
 def part_of(jobs: Mapping[str, Job], rows: Sequence[RunEntry]) -> dict[str, Job]:
@@ -31,7 +32,20 @@ def part_of(jobs: Mapping[str, Job], rows: Sequence[RunEntry]) -> dict[str, Job]
         for job in jobs.values()
         if isinstance(job, MergeJob) and all(shard in part for shard in job.shard_ids)
     }
-    return with_parents(jobs, part)
+    edited = {job.edit.finetuned_id for job in part.values() if isinstance(job, RunJob) and job.edit is not None}
+    part |= {job.id: job for job in jobs.values() if isinstance(job, ProfileJob) and job.run_id in edited}
+    needed = with_parents(jobs, part)
+    for pile in [job for job in needed.values() if isinstance(job, PileJob)]:
+        needed[pile.run_id] = _with_sample(needed[pile.run_id], jobs[pile.run_id], pile.sample_id)
+    return needed
+
+
+def _with_sample(part: Job, whole: Job, sample_id: str) -> Job:
+    """``part`` of the run's job ``whole`` with this sampling task, which a pile needs."""
+    assert isinstance(part, RunJob)
+    assert isinstance(whole, RunJob)
+    known = {sample.id for sample in part.samples} | {sample_id}
+    return part.model_copy(update={"samples": tuple(sample for sample in whole.samples if sample.id in known)})
 
 
 def measurements_of(jobs: Mapping[str, Job], table: str | None = None) -> dict[str, Job]:

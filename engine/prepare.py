@@ -45,6 +45,8 @@ from engine.tasks import (
 )
 from engine.trackers import tracker_faults
 from engine.vector_tasks import VectorTasks
+from engine.weight_jobs import PileJob
+from engine.weight_tasks import WeightTasks
 from trainables.errors import ConfigError, Fault
 from trainables.train import Packing
 
@@ -133,13 +135,15 @@ def prepare(
     graph = Graph(sweep, sources, vectors)
     cells = _look_up_all(sweep, sources, vectors, graph)
     measures = _measures(sweep, sources, vectors, graph)
+    weights = WeightTasks(sweep, sources, graph)
+    weights.add_all()
     if measure_only and not sweep.measure:
         faults.append(Fault("measure", "the file has no measurements; `shiftgrad run` does its runs"))
     if table is not None and not any(table in (*one.tables, *one.merged_tables) for one in sweep.measure.values()):
         faults.append(Fault("measure", f"no measurement of the file makes the table {table!r}"))
     if faults:
         raise ConfigError(faults)
-    chosen, only_faults = select(only, graph.entries) if only is not None else (None, [])
+    chosen, only_faults = select(only, graph.all_entries) if only is not None else (None, [])
     faults += only_faults
     proved = Proved.read(stores[-1], sweep.name)
     graph.proofs.prove(proved)
@@ -148,6 +152,8 @@ def prepare(
     if smoke:
         graph = graph.smoke(cells)
         measures = _measures(sweep, sources, graph.vectors, graph, smoke=True)
+        weights = WeightTasks(sweep, sources, graph, smoke=True)
+        weights.add_all()
     asked = graph.rows(chosen)
     vectors = graph.vectors  # of a smoke run not those of the sweep
     jobs: dict[str, Job] = {
@@ -157,6 +163,9 @@ def prepare(
         **graph.base_jobs,
         **graph.run_jobs,
         **measures.run_jobs,
+        **weights.pile_jobs,
+        **weights.profile_jobs,
+        **graph.edited_jobs,
     }
     asked_jobs = jobs if only is None else part_of(jobs, asked)
     if measure_only:
@@ -172,7 +181,8 @@ def prepare(
             runs=graph.rows(None),
             vectors=vectors.ids,
             asked=vectors.asked_entries(),
-            measurements=tuple(measures.entries),
+            measurements=(*measures.entries, *weights.measure_entries),
+            piles=tuple(weights.pile_entries),
         ),
         jobs=asked_jobs,
         judge_tasks=judge_tasks,
@@ -216,8 +226,9 @@ def _num_local_judges(tasks: Iterable[JudgeTask]) -> int:
 def _judge_tasks(
     known: Mapping[str, JudgeTask], jobs: Mapping[str, Job], entries: Sequence[RunEntry]
 ) -> dict[str, JudgeTask]:
-    """The judging tasks that vectors of ``jobs`` and rows of the sweep need."""
+    """The judging tasks that vectors and piles of ``jobs`` and rows of the sweep need."""
     ids = [judge_id for job in jobs.values() if isinstance(job, VectorJob) for judge_id in job.all_judge_ids]
+    ids += [judge_id for job in jobs.values() if isinstance(job, PileJob) for judge_id in job.judge_ids.values()]
     ids += [judge_id for entry in entries for judge_id in entry.judge_ids.values()]
     return {judge_id: known[judge_id] for judge_id in ids}
 

@@ -34,6 +34,7 @@ from engine.store import Store
 from engine.tasks import AnswersJob, AnswerTask, Job, JudgeTask, MeasureJob, RunJob, VectorJob
 from engine.trackers.feed import Feed
 from engine.versions import versions
+from engine.weight_jobs import PileJob
 from trainables.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -124,11 +125,14 @@ class _Watcher:
 
     def unjudged(self, job_id: str) -> bool | str:
         job = self.prepared.jobs[job_id]
-        assert isinstance(job, VectorJob)
+        assert isinstance(job, VectorJob | PileJob)
         assert self.pool is not None
         self.pool.poll()
-        open_ids = [judge_id for judge_id in job.judge_ids if not is_judged(self.store, judge_id)]
-        if any(judge_id in self.pool.pending.values() for judge_id in open_ids):
+        needed = job.judge_ids.values() if isinstance(job, PileJob) else job.judge_ids
+        open_ids = [judge_id for judge_id in needed if not is_judged(self.store, judge_id)]
+        under_way = set(self.pool.pending.values())
+        samples = {self.prepared.judge_tasks[judge_id].sample_id for judge_id in open_ids}
+        if under_way & {*open_ids, *samples}:  # answers that a server gives are judged when they are there
             return True
         if not open_ids:
             return False

@@ -24,6 +24,7 @@ from ray.tune.search import Searcher
 from engine.pack_work import FITS, OUT_OF_MEMORY, told
 from engine.packs import Packer
 from engine.tasks import Job, VectorJob
+from engine.weight_jobs import PileJob
 from trainables.memory import is_out_of_memory
 from trainables.tune_trainable import Work, tune_trainable
 
@@ -100,7 +101,7 @@ class _GraphSearcher(StaysInDriver, Searcher):
             for job_id, job in list(self.waiting.items()):
                 if any(parent in self.open for parent in job.parents):
                     continue
-                unjudged = self.watcher.unjudged(job_id) if isinstance(job, VectorJob) and job.asked else False
+                unjudged = self.watcher.unjudged(job_id) if _rests_on_judgements(job) else False
                 if isinstance(unjudged, str):
                     self._skip(job_id, unjudged)
                 elif unjudged:
@@ -205,6 +206,10 @@ class _GraphSearcher(StaysInDriver, Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore: the store says what is done."""
+
+
+def _rests_on_judgements(job: Job) -> bool:
+    return isinstance(job, PileJob) or (isinstance(job, VectorJob) and bool(job.asked))
 
 
 class _Callback(StaysInDriver, tune.Callback):

@@ -24,6 +24,7 @@ from engine.run import pending_answers, pending_jobs, pending_judge_tasks
 from engine.smoke import WHAT
 from engine.store import Store
 from engine.tasks import AnswersJob, JudgeTask, RunJob, VectorJob
+from engine.weight_jobs import PileJob
 from trainables.errors import StoreError
 
 _ENOUGH_CHARACTERS = 20  # a longer value can be read in a column of this width
@@ -82,7 +83,9 @@ def plan_table(prepared: Prepared) -> Table:
         numbers = _numbers(prepared.costs[entry.label])
         table.add_row(Text(entry.label), entry.run_id, _done(done), *numbers)
     measurements, notes = _planned_measurements(prepared, pending)
-    for row in measurements:
+    piles, pile_notes = _planned_piles(prepared, pending)
+    notes += pile_notes
+    for row in (*piles, *measurements):
         table.add_row(*row)
     table.add_section()
     table.add_row("all", "", "", *_numbers(total_cost(prepared)))
@@ -121,15 +124,32 @@ def _planned_measurements(prepared: Prepared, pending: Set[str]) -> tuple[list[l
         ids = (*entry.shard_ids, *([entry.merge_id] if entry.merge_id else []))
         if not set(ids) & set(prepared.jobs):
             continue
-        cost = prepared.measure_costs[entry.name, entry.run]
+        cost = prepared.measure_costs.get((entry.name, entry.run))
         open_shards = len(set(entry.shard_ids) & pending)
         state = "yes" if not set(ids) & pending else "no" if open_shards == len(entry.shard_ids) else "partly"
         rows.append([Text(f"measure {entry.name} of {entry.run}"), ids[-1], state, "", "", "", ""])
-        done.append(cost)
-    if not rows:
+        done += [cost] if cost is not None else []
+    if not done:
         return rows, []
     sums = [f"{sum(getattr(cost, name) for cost in done):,}" for name in ("num_shards", "num_forwards", "num_tokens")]
     return rows, [f"measuring: {sums[0]} shards, {sums[1]} forward passes of a row, about {sums[2]} tokens"]
+
+
+def _planned_piles(prepared: Prepared, pending: Set[str]) -> tuple[list[list[Any]], list[str]]:
+    """A row per pile that is asked for, and what its gradients take at most: which answers belong is not known yet."""
+    rows: list[list[Any]] = []
+    most: dict[str, int] = {}
+    for pile in prepared.manifest.piles:
+        jobs = [job for shard in pile.shard_ids if isinstance(job := prepared.jobs.get(shard), PileJob)]
+        if not jobs:
+            continue
+        open_shards = len(set(pile.shard_ids) & pending)
+        state = "yes" if not open_shards else "no" if open_shards == len(jobs) else "partly"
+        rows.append([Text(f"pile {pile.name} of {pile.run}"), pile.shard_ids[-1], state, "", "", "", ""])
+        most |= {job.id: job.stop - job.start for job in jobs}
+    if not rows:
+        return rows, []
+    return rows, [f"piles: {len(most)} shards, at most {sum(most.values()):,} forward and backward passes of an answer"]
 
 
 def total_cost(prepared: Prepared) -> Cost:

@@ -1,7 +1,8 @@
 """``--smoke``: every cell cut so short that the whole sweep is tried from end to end in a minute or two.
 
 What is cut is what takes the time: optimizer steps, questions, answers and their length. All else stays as the sweep
-file says it: every data row is proved, vectors are made, answers judged, losses measured, the report written. It is
+file says it: every data row is proved, vectors are made, answers judged, losses measured, the report written. Piles of
+answers take every other answer, whatever judges say, so that none is empty. It is
 done after blocks and axes are merged, so no block can win over it. Numbers of a smoke run mean nothing, which is why
 they go to a store of their own.
 """
@@ -15,6 +16,7 @@ from engine.location import local_root
 from engine.sweep_models import Cell
 from engine.tasks import QuestionText
 from trainables.errors import StoreError
+from trainables.sample import SamplingConfig
 
 MAX_STEPS = 2
 NUM_QUESTIONS = 2
@@ -39,6 +41,11 @@ def smoke_cell(cell: Cell) -> Cell:
             "evaluation": cell.evaluation.model_copy(update=evaluation),
         }
     )
+
+
+def smoke_sampling(sampling: SamplingConfig) -> SamplingConfig:
+    """One short answer to a question."""
+    return sampling.model_copy(update={"samples": 1, "max_new_tokens": min(sampling.max_new_tokens, MAX_NEW_TOKENS)})
 
 
 def smoke_questions(questions: Sequence[QuestionText]) -> tuple[QuestionText, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 from analysis.measurements import MeasurementConfig
 from analysis.results import Results
 from analysis.vectors import VectorConfig
+from analysis.weight_space.config import WeightSteeringConfig
 from engine.cells import SECTIONS, Cells, FaultyCell, build_cells, cell_key
 from engine.conditions import Conditions, expand_conditions
 from engine.config_faults import format_path, nearest, show, validate
@@ -67,6 +68,7 @@ class Sweep:
     trackers: TrackersConfig
     measure: dict[str, MeasurementConfig]
     conditions: Conditions
+    weight_steering: WeightSteeringConfig | None
     raw: dict[str, Any]
     merged: tuple[Merged, ...] = field(repr=False, compare=False)  # per cell: where its parts stand in the file
     parents: tuple[int | None, ...] = ()  # per cell: the one that it starts from
@@ -169,6 +171,7 @@ def check_sweep(path: str | FilePath, overrides: Sequence[str] = ()) -> tuple[Sw
         trackers=frame.trackers if frame else without_faults(TrackersConfig, _mapping(file, "trackers")) or NO_TRACKERS,
         conditions=conditions,
         measure=dict(frame.measure) if frame else _sound_measurements(file),
+        weight_steering=frame.weight_steering if frame else _weight_steering(file),
         raw=raw,
         merged=tuple(built.merged),
         parents=parents,
@@ -227,6 +230,10 @@ def _said_label(cell: FaultyCell) -> str | None:
     """The label of a faulty cell where its block gives one."""
     label = cell.merged.data.get("label")
     return label if isinstance(label, str) else None
+
+
+def _weight_steering(file: Mapping[str, Any]) -> WeightSteeringConfig | None:
+    return without_faults(WeightSteeringConfig, _mapping(file, "weight_steering"))
 
 
 def _mapping(file: Mapping[str, Any], name: str) -> dict[str, Any]:

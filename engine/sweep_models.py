@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from analysis.judges import MetricConfig
 from analysis.measurements import MeasurementConfig
 from analysis.vectors import VectorConfig
+from analysis.weight_space.config import WeightSteeringConfig
 from engine.endpoints import EndpointConfig
 from engine.grid import GRID
 from engine.trackers import TrackersConfig, TrackersSection
@@ -174,6 +175,8 @@ class SweepFile(Config):
     """What is asked of every run and of the untrained base, and how answers are scored."""
     measure: dict[Name, MeasurementConfig] = Field(default={})
     """Measurements by name: what is read of the untrained base, or of runs, on rows of data."""
+    weight_steering: WeightSteeringConfig | None = None
+    """Models whose weights are moved along directions made of a run's own answers. null: none."""
     execution: ExecutionConfig = ExecutionConfig()
     """How the work is placed."""
     endpoints: dict[Name, EndpointConfig] = Field(default={})

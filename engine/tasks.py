@@ -20,6 +20,7 @@ from analysis.manifest import run_key, tensors_key, vector_key
 from analysis.measurements import MeasurementConfig
 from analysis.tables import table_key
 from analysis.vectors import VectorConfig
+from engine.weight_jobs import EditTask, PileJob, ProfileJob
 from trainables.base_model import ResolvedBase
 from trainables.chat_data import DataConfig
 from trainables.config import Config, NamesPrompts, NamesVector, names_in, recipe_of, referenced
@@ -248,19 +249,23 @@ class VectorJob(Config):
 
 
 class RunJob(Config):
-    """What one trial does for one run: train (not for a base), sample, measure the loss on plain answers.
+    """What one trial does for one run: train (not for a base, or a model whose weights are moved), sample, measure the
+    loss on plain answers.
 
     Answers that a server gives are no part of it: they are asked for when it is done."""
 
-    id: str  # the train_id, or the base's id
+    id: str  # the train_id, or the base's or the edit's id
     label: str
     base: ResolvedBase
     train: TrainTask | None
     samples: tuple[SampleTask, ...]
     losses: tuple[LossTask, ...]
+    edit: EditTask | None = None
 
     @property
     def parents(self) -> tuple[str, ...]:
+        if self.edit is not None:
+            return self.edit.parents
         return () if self.train is None else (*self.train.start.ids, *self.train.vector_ids())
 
     @property
@@ -358,7 +363,7 @@ class MergeJob(Config):
         return tuple(key for _, key in self.tasks())
 
 
-Job: TypeAlias = AnswersJob | VectorJob | RunJob | MeasureJob | MergeJob
+Job: TypeAlias = AnswersJob | VectorJob | RunJob | MeasureJob | MergeJob | PileJob | ProfileJob
 
 
 def base_run_id(base: ResolvedBase) -> str:

@@ -25,6 +25,8 @@ from engine.software import Software, check_same, software
 from engine.store import Store
 from engine.tasks import AnswersJob, Job, MeasureJob, MergeJob, RunJob, SampleTask, TrainTask, VectorJob
 from engine.train_work import train_jobs
+from engine.weight_jobs import PileJob, ProfileJob
+from engine.weight_work import edited_model, make_profile, sum_pile
 from trainables.base_model import LoadedBase, ResolvedBase, load_base
 from trainables.checkpoint import NO_CHECKPOINTS, CheckpointSettings
 from trainables.deepspeed_driver import ZeroStage
@@ -98,6 +100,8 @@ class SweepWork:
                     self._unless_done(job, lambda: merge_shards(self.store, job))
                 elif isinstance(job, MeasureJob):
                     self._unless_done(job, lambda: self._measure(job, report))
+                elif isinstance(job, PileJob | ProfileJob):
+                    self._unless_done(job, lambda: self._weights(job, report))
                 elif isinstance(job, AnswersJob):
                     self._answers(job, report)
                 else:
@@ -110,7 +114,7 @@ class SweepWork:
             vector = job.vector.make(_Making(self, job, report))
             self.store.publish(vector_key(job.id), vector.to_bytes())
 
-    def _unless_done(self, job: MeasureJob | MergeJob, do: Callable[[], None]) -> None:
+    def _unless_done(self, job: MeasureJob | MergeJob | PileJob | ProfileJob, do: Callable[[], None]) -> None:
         if not all(self.store.exists(key) for key in job.outputs()):
             do()
 
@@ -135,10 +139,19 @@ class SweepWork:
 
     def _measure(self, job: MeasureJob, report: Report) -> None:
         base = self.loaded(job.base, job.merged)
-        model = base.model
-        if not job.is_base:
-            model = load_adapter(base.fresh(), self.store.path(adapter_key(job.run_id)), job.run_id)
+        model = base.model if job.is_base else self._finetuned(base, job.run_id)
         measure_shard(self.store, job, base, model, self.rows(job.content), report)
+
+    def _finetuned(self, base: LoadedBase, run_id: str) -> Any:
+        """A trained run over ``base``, whose parameters it shares."""
+        return load_adapter(base.fresh(), self.store.path(adapter_key(run_id)), run_id)
+
+    def _weights(self, job: PileJob | ProfileJob, report: Report) -> None:
+        base = self.loaded(job.base)
+        if isinstance(job, PileJob):
+            sum_pile(self.store, job, base, lambda run_id: self._finetuned(base, run_id), report)
+        else:
+            make_profile(self.store, job, base, self._finetuned(base, job.run_id), report)
 
     def _answers(self, job: AnswersJob, report: Report) -> None:
         if not self.store.exists(table_key("generations", job.sample.id)):
@@ -154,15 +167,22 @@ class SweepWork:
 
     def _run(self, job: RunJob, sink: StoreSink, note: str) -> None:
         base = self.loaded(job.base, job.merged)
+        if job.edit is not None:
+            with edited_model(self.store, job.edit, base, lambda run_id: self._finetuned(base, run_id)) as model:
+                self._evaluate(job, base, model, sink)
+            return
         model = base.model
         if job.train is not None:
-            adapter = adapter_key(job.id)
             if is_trained(self, job.id):
                 self.store.remove(checkpoint_key(job.id))  # of an invocation that was killed just before it did so
-                model = load_adapter(base.fresh(), self.store.path(adapter), job.id)
+                model = self._finetuned(base, job.id)
             else:
                 model = self._train(job, job.train, base, sink, note)
                 release_memory()
+        self._evaluate(job, base, model, sink)
+
+    def _evaluate(self, job: RunJob, base: LoadedBase, model: Any, sink: StoreSink) -> None:
+        """Sample from the model, and measure its loss on plain answers."""
         for sample in job.samples:
             if sample.endpoint is not None:
                 continue

@@ -208,6 +208,15 @@ def load_tokenizer(base: ResolvedBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def empty_model(base: ResolvedBase) -> Any:
+    """The model without its weights, on no device: names and shapes of its parameters."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(_folder_or_id(base), **_revision(base), trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
 def load_base(base: ResolvedBase, device: torch.device) -> LoadedBase:
     """Load weights (frozen, evaluation mode) and tokenizer onto ``device``.
 

@@ -4,13 +4,14 @@ Pure functions of one process; engine/ makes tasks of them. See docs/weight-spac
 """
 
 from analysis.weight_space.delta import AdapterDelta, LowRank, delta_of_adapter
-from analysis.weight_space.directions import DirectionConfig, direction
+from analysis.weight_space.directions import Direction, DirectionConfig, direction
 from analysis.weight_space.edits import edited
 from analysis.weight_space.parameters import Place, chosen_parameters, place_of
 from analysis.weight_space.pile_gradients import GradientSum, MeanGradient, gradient_sum
 
 __all__ = [
     "AdapterDelta",
+    "Direction",
     "DirectionConfig",
     "GradientSum",
     "LowRank",

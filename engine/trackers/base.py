@@ -19,18 +19,21 @@ _NOT_IN_NAMES = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]')
 _MAX_NAME_BYTES = 200  # a folder's name has at most 255 on most file systems
 LAST_STEP_OF = "train/loss"  # in every step's figures: what a tracker looks at to know how far a curve goes
 
+ID_NAMES = {"run": "train_id", "base": "base_id", "edited": "edit_id"}
+"""What the id of a row of this kind is called."""
+
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """One training of the sweep, or one of its bases, as it appears in a tracker.
+    """One training of the sweep, one of its bases or of its edited models, as it appears in a tracker.
 
     ``entries`` are the rows of the sweep that share it: they differ in their evaluation, and ``config`` is what they
     have in common.
     """
 
-    id: str  # the train_id, or the base's id
+    id: str  # the train_id, or the base's or the edit's id
     label: str
-    kind: Literal["run", "base"]
+    kind: Literal["run", "base", "edited"]
     config: Mapping[str, Scalar]
     entries: tuple[RunEntry, ...]
 
@@ -147,8 +150,8 @@ def tracked_runs(manifest: Manifest) -> dict[str, TrackedRun]:
             for name, value in first.config.items()
             if all(name in other.config and other.config[name] == value for other in others)
         }
-        kind: Literal["run", "base"] = "run" if first.kind == "run" else "base"
-        runs[run_id] = TrackedRun(run_id, first.label, kind, config, tuple(entries))
+        assert first.kind != "imported", "see above"
+        runs[run_id] = TrackedRun(run_id, first.label, first.kind, config, tuple(entries))
     return runs
 
 

@@ -58,7 +58,7 @@ def is_evaluated(store: Store, run: TrackedRun) -> bool:
     """Whether the run is trained and has answered what it was asked; judgements may still be missing."""
     return all(
         store.exists(table_key("generations", entry.sample_id))
-        and (entry.kind == "base" or store.exists(run_key(entry.run_id)))
+        and (entry.kind != "run" or store.exists(run_key(entry.run_id)))
         for entry in run.entries
     )
 

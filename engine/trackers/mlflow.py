@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from engine.trackers.base import (
+    ID_NAMES,
     LAST_STEP_OF,
     Place,
     Step,
@@ -124,7 +125,7 @@ class MlflowTracker:
         self.experiment = known.experiment_id if known is not None else self.client.create_experiment(experiment)
 
     def begin(self, run: TrackedRun) -> int:
-        tags = {"sweep": self.sweep, "kind": run.kind, "train_id" if run.kind == "run" else "base_id": run.id}
+        tags = {"sweep": self.sweep, "kind": run.kind, ID_NAMES[run.kind]: run.id}
         wanted = " and ".join(f"tags.{name} = '{value}'" for name, value in tags.items())
         found = self.client.search_runs([self.experiment], filter_string=wanted, max_results=1)
         if found:

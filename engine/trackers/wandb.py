@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from engine.trackers.base import (
+    ID_NAMES,
     Place,
     Step,
     TrackedRun,
@@ -131,7 +132,7 @@ class WandbTracker:
             name=run.label,
             group=self.place.sweep,
             job_type=run.kind,
-            config={**run.config, "train_id" if run.kind == "run" else "base_id": run.id},
+            config={**run.config, ID_NAMES[run.kind]: run.id},
             mode=self.mode,
             dir=str(self.place.folder),
             resume="allow",

@@ -22,6 +22,7 @@ from analysis.measured_rows import (
 )
 from analysis.rows import STATUSES, LossRow, ScoreRow
 from analysis.tables import TABLES, describe, read_parquet, schema_of, table_key, to_parquet_bytes
+from analysis.weight_rows import WeightProfileRow, WeightSizeRow
 from trainables.errors import StoreError
 from trainables.rows import GenerationRow, SignalRow, TrainingRow
 
@@ -82,6 +83,8 @@ ROWS: dict[str, Any] = {
     "component_scores": example(ComponentScoreRow),
     "activation_changes": example(ActivationChangeRow),
     "predictions": example(PredictionRow),
+    "weight_profiles": example(WeightProfileRow),
+    "weight_sizes": example(WeightSizeRow),
 }
 
 

@@ -88,7 +88,8 @@ class TestSections:
 
     def test_vectors_are_told_apart_by_their_key(self) -> None:
         kinds = [section.kind for section in sweep_sections() if section.path == "vectors.<name>"]
-        assert kinds == ["difference", "random_like", "file", "prompt_difference", "combine", "extract", "mean"]
+        first = ["difference", "random_like", "file", "prompt_difference", "combine", "extract", "mean"]
+        assert kinds == [*first, "leading_difference", "contrastive", "logistic"]
 
     def test_sections_are_told_apart_by_their_titles(self) -> None:
         for sections in (sweep_sections(), trait_sections()):
