@@ -88,13 +88,13 @@ def coefficient_curves(
 
 
 def signature(similarities: pd.DataFrame, *, layers: Sequence[int], width: Width) -> Drawn | None:
-    """Figures 1c and 16: cosine of the steered with the prompted gradient over coefficients (a column of the table), a
-    curve per layer."""
+    """Figures 1c and 16: cosine of the steered with the prompted gradient over coefficients (columns series and
+    coefficient), a panel per series, a curve per layer."""
     chosen = similarities[similarities["layer"].isin(layers)].sort_values("layer", kind="stable")
-    means = summarised(chosen, ["layer", "coefficient"], "cosine")
-    points = means.assign(
-        panel="steered against prompted gradient", series=[f"layer {layer}" for layer in means["layer"]]
-    ).rename(columns={"coefficient": "x"})
+    means = summarised(chosen, ["series", "layer", "coefficient"], "cosine")
+    points = means.assign(panel=means["series"], series=[f"layer {layer}" for layer in means["layer"]]).rename(
+        columns={"coefficient": "x"}
+    )
     return curves(points, x_label="coefficient", y_label="cosine of the two gradients", width=width)
 
 

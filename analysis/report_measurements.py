@@ -204,14 +204,14 @@ def _further(table: Callable[[str], pd.DataFrame], entry: MeasureEntry, stem: st
         reference = str(similarities["reference"].iloc[0])
         curves = with_coefficients(similarities, entry)
         read = sorted(set(similarities["layer"]))
-        for series in dict.fromkeys(curves["series"]):
-            yield from drawn_block(
-                f"{stem}_signature_{series}",
-                f"Gradient under {series} against that under {reference}{where}",
-                "Mean over rows of the cosine of the two gradients, token by token, over the coefficient; a curve per "
-                "layer that is read. Where it is high, steering changes gradients as the prompt does.",
-                partial(figures.signature, curves[curves["series"] == series], layers=read),
-            )
+        yield from drawn_block(
+            f"{stem}_signature",
+            f"Gradients under steering against that under {reference}{where}",
+            "Mean over rows of the cosine of the two gradients, token by token, over the coefficient; a curve per "
+            "layer that is read. Coefficient 0, where it is measured, is the model without anything: steering changes "
+            "gradients as the other condition does where a curve rises above that.",
+            partial(figures.signature, curves, layers=read),
+        )
     components = table("components")
     if len(components):
         layers = sorted(set(components["layer"]))

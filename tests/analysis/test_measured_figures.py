@@ -98,7 +98,9 @@ FIGURES: dict[str, Callable[[Width], Drawn | None]] = {
         width=width,
     ),
     "signature": lambda width: signature(
-        table(layer=[2, 10], coefficient=[0.0, 1.0], row=[0, 1], cosine=None), layers=[2, 10], width=width
+        table(series=["evil"], layer=[2, 10], coefficient=[0.0, 1.0], row=[0, 1], cosine=None),
+        layers=[2, 10],
+        width=width,
     ),
     "vector_cosines": lambda width: vector_cosines(table(vector=["p"], layer=[1, 2], cosine=None), width=width),
     "explained_variance": lambda width: explained_variance(COMPONENTS, layers=[2, 3], width=width),
