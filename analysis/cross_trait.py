@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from analysis.foretold import ranking
+from analysis.foretold import measurement_of, ranking
 from analysis.steering_strength import with_coefficients
 from analysis.undefended import NO_DEFENSE
 
@@ -33,14 +33,15 @@ def cross_trait(frame: pd.DataFrame, layer: int | None = None) -> pd.DataFrame:
         return pd.DataFrame(columns=list(COLUMNS))
     undefended: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
-    for measurement in dict.fromkeys(frame["measurement"]):
-        part = ranked[ranked["measurement"] == measurement]
-        where = {"measurement": measurement, "data": part["data"].iloc[0], "trait": part["trait"].iloc[0]}
+    in_order = list(dict.fromkeys(frame["condition"]))
+    for (measurement, model), part in ranked.groupby(["measurement", "run"], sort=False):
+        column = measurement_of(measurement, model)
+        where = {"measurement": column, "data": part["data"].iloc[0], "trait": part["trait"].iloc[0]}
         metric = next(iter(part["metric"].dropna()), None)
         plain = part.dropna(subset=["undefended"]).drop_duplicates("undefended")["undefended_score"]
         nothing = {"candidate": NO_DEFENSE, "shift": 0.0, "metric": metric, "score": plain.mean()}
         undefended.append(where | nothing | {"num_runs": len(plain)})
-        for candidate in dict.fromkeys(frame.loc[frame["measurement"] == measurement, "condition"]):
+        for candidate in sorted(set(part["condition"]), key=in_order.index):
             runs = part[part["condition"] == candidate]
             found = {"shift": runs["shift"].iloc[0], "metric": metric, "score": runs["score"].mean()}
             found |= {"kept_away": runs["outcome"].mean(), "num_runs": int(runs["score"].notna().sum())}
@@ -58,5 +59,6 @@ def cross_trait_gradients(results: Results) -> pd.DataFrame:
     parts = []
     for entry in entries:
         own = gradients[(gradients["measurement"] == entry.name) & (gradients["run_id"] == entry.run_id)]
-        parts.append(with_coefficients(own[own["vector"] == entry.config["trait"]], entry))
+        along = with_coefficients(own[own["vector"] == entry.config["trait"]], entry)
+        parts.append(along.assign(measurement=measurement_of(entry.name, entry.run)))
     return pd.concat(parts, ignore_index=True)

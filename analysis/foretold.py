@@ -50,14 +50,20 @@ def data_name(entry: MeasureEntry) -> str:
     return named if isinstance(named, str) else json.dumps(named)
 
 
+def measurement_of(name: object, model: object) -> str:
+    """What a measurement of one model is called where several are listed: its name alone if it is of the base."""
+    return str(name) if model == "base" else f"{name} of {model}"
+
+
 def ranking(frame: pd.DataFrame, layer: int | None = None) -> pd.DataFrame:
-    """The candidates of every measurement, the one with the greatest shift first: one row per candidate and run.
+    """The candidates of every measurement, the greatest shift first: one row per model that was read (``run``),
+    candidate and run that had it.
 
     ``layer``: shifts as read there; None: their mean over all layers that were read, beside the least and the greatest,
     so that no layer is chosen by what it shows.
     """
     chosen = frame if layer is None else frame[frame["layer"] == layer]
-    keys = ["measurement", "data", "trait", "condition", "trained"]
+    keys = ["measurement", "run", "data", "trait", "condition", "trained"]
     grouped = chosen.assign(trained=chosen["trained"].fillna("")).groupby(keys, sort=False)
     rows = grouped.agg(
         shift=("shift", "mean"),
@@ -78,9 +84,10 @@ def ranking(frame: pd.DataFrame, layer: int | None = None) -> pd.DataFrame:
         defended=("defended", "first"),
     ).reset_index()
     order = {name: place for place, name in enumerate(dict.fromkeys(frame["measurement"]))}
-    rows["place"] = rows["measurement"].map(order)
-    rows = rows.sort_values(["place", "shift"], ascending=[True, False], kind="stable")
-    return rows.drop(columns="place").reset_index(drop=True)
+    models = {name: place for place, name in enumerate(dict.fromkeys(frame["run"]))}
+    rows["place"], rows["model"] = rows["measurement"].map(order), rows["run"].map(models)
+    rows = rows.sort_values(["place", "model", "shift"], ascending=[True, True, False], kind="stable")
+    return rows.drop(columns=["place", "model"]).reset_index(drop=True)
 
 
 def how_it_held(frame: pd.DataFrame) -> pd.DataFrame:

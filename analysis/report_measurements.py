@@ -15,7 +15,7 @@ import pandas as pd
 from analysis import measured_figures as figures
 from analysis.cross_trait import cross_trait, cross_trait_gradients
 from analysis.figure_style import Drawn, Width
-from analysis.foretold import foretold, how_it_held, ranking
+from analysis.foretold import foretold, how_it_held, measurement_of, ranking
 from analysis.manifest import MeasureEntry
 from analysis.report_content import NO_VALUE
 from analysis.results import Results
@@ -296,7 +296,7 @@ def _predicted(name: str, frame: pd.DataFrame) -> Iterator[Block]:
     ranked = ranking(frame)
     rows = tuple(
         (
-            str(row["condition"]),
+            measurement_of(row["condition"], row["run"]),
             _number(row["shift"], "+.4f"),
             f"{row['least_shift']:+.3f} to {row['greatest_shift']:+.3f}",
             _number(row["loss_gap"], "+.3f"),

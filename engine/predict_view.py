@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from analysis.cross_trait import cross_trait
-from analysis.foretold import how_it_held, ranking
+from analysis.foretold import how_it_held, measurement_of, ranking
 from analysis.manifest import RunEntry
 from engine.labels import unique_labels
 from engine.show import number_column, plain_table
@@ -24,7 +24,7 @@ def predict_view(frame: pd.DataFrame, runs: Sequence[RunEntry] = (), layer: int 
         return Text("there are no predictions yet")
     ranked = ranking(frame, layer)
     parts: list[RenderableType] = []
-    for _, rows in ranked.groupby("measurement", sort=False):
+    for _, rows in ranked.groupby(["measurement", "run"], sort=False):
         parts += [*_ranked(rows, _short_names(rows, runs), layer), ""]
     crossed = cross_trait(frame, layer)
     if len(crossed):
@@ -47,7 +47,8 @@ def _short_names(rows: pd.DataFrame, runs: Sequence[RunEntry]) -> list[str]:
 def _ranked(rows: pd.DataFrame, names: Sequence[str], layer: int | None) -> list[RenderableType]:
     first = rows.iloc[0]
     where = "mean over the layers read" if layer is None else f"layer {layer}"
-    title = f"{first['measurement']}: data {first['data']}, cosine along {first['trait']}, {where}"
+    name = measurement_of(first["measurement"], first["run"])
+    title = f"{name}: data {first['data']}, cosine along {first['trait']}, {where}"
     table = plain_table()
     table.add_column("candidate", overflow="fold")
     has_outcome = bool(rows["outcome"].notna().any())

@@ -374,6 +374,15 @@ def test_across_traits_every_candidate_stands_on_every_data(foreseen: Results, t
     }
     one = foretold(foreseen).query("measurement == 'first'")
     assert cross_trait(one).empty, "all of one data"
+    of_a_run = foretold(foreseen).assign(run="a run", shift=9.0)
+    both = pd.concat([foretold(foreseen), of_a_run])
+    assert list(dict.fromkeys(cross_trait(both)["measurement"])) == [
+        "first",
+        "first of a run",
+        "second",
+        "second of a run",
+    ]
+    assert set(ranking(both).query("run == 'a run'")["shift"]) == {9.0}, "models are not averaged"
 
     entry = foreseen.manifest.measurements[0]
     of_topic = scores_by_coefficient(foreseen, entry).query("series == 'pps topic L2'")
