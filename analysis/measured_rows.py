@@ -134,3 +134,51 @@ class PredictionRow:
         "data minus the base's own answers along the candidate's vector; null: not measured or no vector",
         "units of activation",
     )
+
+
+_NOISE = "standard deviation of the noise that is added to every coordinate"
+_NUM_ROWS = "rows of each of the two sets"
+_ESTIMATOR = "how the direction was found, see analysis/axes.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AxisAlignmentRow:
+    """One estimate of a known axis from one synthetic draw."""
+
+    measure_id: str = column(_MEASURE_ID)
+    estimator: str = column(_ESTIMATOR)
+    noise: float = column(_NOISE, "units of activation")
+    num_rows: int = column(_NUM_ROWS)
+    seed: int = column("of the draw")
+    alignment: float = column("cosine of the estimated direction with the known axis")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AxisSummaryRow:
+    """How near one estimator comes to the axis, over seeds."""
+
+    measure_id: str = column(_MEASURE_ID)
+    estimator: str = column(_ESTIMATOR)
+    noise: float = column(_NOISE, "units of activation")
+    num_rows: int = column(_NUM_ROWS)
+    num_seeds: int = column("draws")
+    alignment: float = column("mean over seeds of the cosine with the known axis")
+    alignment_low: float | None = column("lower end of its 95 % bootstrap interval; null with one seed")
+    alignment_high: float | None = column("upper end of its 95 % bootstrap interval; null with one seed")
+    expected: float | None = column("closed form to first order; null for other estimators than the mean difference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AxisTestRow:
+    """Two estimators against each other on the same draws."""
+
+    measure_id: str = column(_MEASURE_ID)
+    noise: float = column(_NOISE, "units of activation")
+    num_rows: int = column(_NUM_ROWS)
+    first: str = column(_ESTIMATOR)
+    second: str = column("the estimator that it is compared with")
+    num_seeds: int = column("draws")
+    difference: float = column("mean alignment of the first minus that of the second")
+    cohens_d: float | None = column("difference over the pooled standard deviation; null: neither varies")
+    p_sign_flip: float = column("p of the paired permutation test over seeds, two-sided")
+    p_t: float | None = column("p of the paired t test, two-sided; null where it has none")

@@ -6,39 +6,26 @@ tables that the measurement made, not from its kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import pandas as pd
 
 from analysis import measured_figures as figures
 from analysis.cross_trait import cross_trait, cross_trait_gradients
-from analysis.figure_style import Drawn, Width
 from analysis.foretold import foretold, how_it_held, measurement_of, ranking
 from analysis.manifest import MeasureEntry
-from analysis.report_content import NO_VALUE
+from analysis.report_axes import axis_blocks
+from analysis.report_blocks import Block, drawn_block, interval, number
+from analysis.report_capping import capping_blocks
 from analysis.results import Results
 from analysis.rows import NO_CONDITION
 from analysis.steering_strength import scores_by_coefficient, with_coefficients
 
-WIDTHS: tuple[Width, ...] = ("page", "column")
 WEIGHTS = "weight_steering"
 """A kind that has sections of its own (analysis/report_weights.py)."""
 _MAX_LAYERS = 3
-
-
-@dataclass(frozen=True)
-class Block:
-    """One thing to look at. ``name`` is the stem of its files; ``drawn`` holds the figure by width, if there is one;
-    ``head`` and ``rows`` are a table, if there is one."""
-
-    name: str
-    title: str
-    text: str
-    drawn: Mapping[Width, Drawn] = field(default_factory=dict)
-    head: tuple[str, ...] = ()
-    rows: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +47,9 @@ def measurement_sections(results: Results) -> list[Section]:
         blocks += [*_compared(results, entries), *_steering_vectors(results, entries[0])]
         blocks += _predicted(name, predictions[predictions["measurement"] == name])
         sections.append(Section(name, _facts(results, entries), tuple(blocks)))
+    capped = tuple(capping_blocks(results.capping()))
+    if capped:
+        sections.append(Section("capping", "what clamping activations while a model answers does", capped))
     return sections
 
 
@@ -106,9 +96,9 @@ def _held(predictions: pd.DataFrame) -> Iterator[Block]:
         return
     rows = []
     for row in held.to_dict("records"):
-        rank = _interval(row["rank_correlation"], row["rank_low"], row["rank_high"])
-        pooled = _interval(row["pooled_r"], row["pooled_low"], row["pooled_high"])
-        numbers = (str(row["num_candidates"]), rank, _number(row["rank_p"], ".3f"), pooled, _number(row["auc"], ".2f"))
+        rank = interval(row["rank_correlation"], row["rank_low"], row["rank_high"])
+        pooled = interval(row["pooled_r"], row["pooled_low"], row["pooled_high"])
+        numbers = (str(row["num_candidates"]), rank, number(row["rank_p"], ".3f"), pooled, number(row["auc"], ".2f"))
         rows.append((str(row["score"]), *numbers))
     yield Block(
         "held",
@@ -127,6 +117,9 @@ def _facts(results: Results, entries: Sequence[MeasureEntry]) -> str:
     frame = frame[frame["measurement"] == entries[0].name]
     done, shards = int(frame["shards_done"].sum()), int(frame["num_shards"].sum())
     models = ", ".join(dict.fromkeys(entry.run for entry in entries))
+    if "data" not in entries[0].config:  # a study
+        text = f"{entries[0].kind}: nothing is read"
+        return text if done == shards else f"{text}; {done} of {shards} shards are done"
     data = entries[0].config.get("data")
     text = f"{entries[0].kind} of {models}, on {data if isinstance(data, str) else 'a dataset'}"
     return text if done == shards else f"{text}; {done} of {shards} shards are done"
@@ -195,6 +188,7 @@ def _blocks(results: Results, entry: MeasureEntry) -> Iterator[Block]:
                 ),
             )
     yield from _further(table, entry, stem, where)
+    yield from axis_blocks(table("axis_summary"), table("axis_tests"), entry)
 
 
 def _further(table: Callable[[str], pd.DataFrame], entry: MeasureEntry, stem: str, where: str) -> Iterator[Block]:
@@ -297,11 +291,11 @@ def _predicted(name: str, frame: pd.DataFrame) -> Iterator[Block]:
     rows = tuple(
         (
             measurement_of(row["condition"], row["run"]),
-            _number(row["shift"], "+.4f"),
+            number(row["shift"], "+.4f"),
             f"{row['least_shift']:+.3f} to {row['greatest_shift']:+.3f}",
-            _number(row["loss_gap"], "+.3f"),
-            _number(row["projection_difference"], "+.2f"),
-            _interval(row["outcome"], row["outcome_low"], row["outcome_high"]),
+            number(row["loss_gap"], "+.3f"),
+            number(row["projection_difference"], "+.2f"),
+            interval(row["outcome"], row["outcome_low"], row["outcome_high"]),
         )
         for row in ranked.to_dict("records")
     )
@@ -333,24 +327,9 @@ def _predicted(name: str, frame: pd.DataFrame) -> Iterator[Block]:
         )
 
 
-def drawn_block(name: str, title: str, text: str, draw: Callable[..., Drawn | None]) -> Iterator[Block]:
-    """A block with a figure in all widths; nothing where there is nothing to draw."""
-    drawn = {width: figure for width in WIDTHS if (figure := draw(width=width)) is not None}
-    if drawn:
-        yield Block("".join(c if c.isalnum() or c in "-_" else "_" for c in name), title, text, drawn)
-
-
 def _few_layers(gradients: pd.DataFrame) -> list[int]:
     """Layers of a scatter: the first, the middle and the last that were read; nothing is chosen by what it shows."""
     layers = sorted(set(gradients["layer"]))
     if len(layers) <= _MAX_LAYERS:
         return layers
     return [layers[0], layers[len(layers) // 2], layers[-1]]
-
-
-def _number(value: float, form: str) -> str:
-    return NO_VALUE if pd.isna(value) else format(value, form)
-
-
-def _interval(value: float, low: float, high: float) -> str:
-    return NO_VALUE if pd.isna(value) else f"{value:+.2f} ({low:+.2f} to {high:+.2f})"

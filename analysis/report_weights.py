@@ -9,9 +9,10 @@ import pandas as pd
 
 from analysis import weight_figures as figures
 from analysis.manifest import MeasureEntry, PileEntry, pile_key
+from analysis.report_blocks import Block, drawn_block
 from analysis.report_content import number, panels_of
 from analysis.report_measurements import WEIGHTS as KIND
-from analysis.report_measurements import Block, Section, drawn_block
+from analysis.report_measurements import Section
 from analysis.results import Results
 from analysis.weight_rows import DELTA
 

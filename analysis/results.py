@@ -230,6 +230,18 @@ class Results:
         """One row per vector and judge of its answers: how many rows the filter keeps by it."""
         return extraction_frame(extraction_rows(self.root, self.manifest))
 
+    def capping(self, *, harm: str = "trait", capability: str = "capability") -> pd.DataFrame:
+        """One row per model and cap of ``evaluation.interventions``: what it takes from attacks, and what it leaves.
+
+        ``harm`` and ``capability`` name metrics; empty in a sweep without a cap.
+        """
+        from analysis.capping import capping_frame, capping_rows  # brings torch
+
+        entries = [entry for entry in self.manifest.runs if entry.kind != "imported"]
+        return capping_frame(
+            capping_rows(entries, self._scores(), self._plain_losses(), harm=harm, capability=capability)
+        )
+
     def failures(self) -> pd.DataFrame:
         """One row per task that failed or was skipped in the last invocation and whose output is still missing.
 
@@ -412,6 +424,7 @@ READERS: dict[str, Callable[[Results], pd.DataFrame]] = {
     "measurements": Results.measurements,
     "agreement": Results.agreement,
     "extractions": Results.extractions,
+    "capping": Results.capping,
     "failures": Results.failures,
 }
 READERS |= {

@@ -111,3 +111,28 @@ class ExtractionRow:
     num_kept_by_both: int = column("of these, those that it keeps by the scores of the judge that has a say too")
     num_kept_positive: int = column("rows that `keep: positive` would keep by this judge's scores, at keep_above")
     num_kept_paired: int = column("rows that `keep: paired` would keep by them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CappingRow:
+    """A model under one cap: the derived table ``capping`` (``analysis.capping`` has the equations)."""
+
+    model: str = column("base, or the defense and the seed of the runs")
+    cap: str = column("the capping items of evaluation.interventions in words; none: no cap")
+    num_attacks: int = column("attacks: other interventions and system prompts under which the model was asked")
+    num_answers_attacked: int = column("scored answers under any attack", "answers")
+    attack_success: float | None = column("mean of the harm metric over them")
+    attack_success_low: float | None = column("lower end of its 95 % interval, bootstrap over questions")
+    attack_success_high: float | None = column("upper end of its 95 % interval")
+    defense_score: float | None = column("1 - attack_success")
+    harm_reduction: float | None = column("1 - attack_success over that without a cap; below 0: the cap made it worse")
+    plain_rate: float | None = column("mean of the harm metric without an attack")
+    capability: float | None = column("mean of the capability metric without an attack")
+    capability_low: float | None = column("lower end of its 95 % interval, bootstrap over questions")
+    capability_high: float | None = column("upper end of its 95 % interval")
+    num_answers_capability: int = column("scored answers that it is the mean of", "answers")
+    capability_kept: float | None = column("capability over that without a cap")
+    f1: float | None = column("harmonic mean of harm_reduction and capability_kept, each held to 0 to 1")
+    plain_loss: float | None = column("loss on the plain answers under the cap alone", "nats per token")
+    perplexity_ratio: float | None = column("perplexity on the plain answers over that without a cap")
+    degeneration: float | None = column("share of broken answers, under attacks and without")

@@ -20,6 +20,9 @@ import pyarrow.parquet as pq
 
 from analysis.measured_rows import (
     ActivationChangeRow,
+    AxisAlignmentRow,
+    AxisSummaryRow,
+    AxisTestRow,
     ComponentRow,
     ComponentScoreRow,
     GradientRow,
@@ -27,7 +30,7 @@ from analysis.measured_rows import (
     ProjectionRow,
     SimilarityRow,
 )
-from analysis.rows import AgreementRow, ExtractionRow, LossRow, RunRow, ScoreRow
+from analysis.rows import AgreementRow, CappingRow, ExtractionRow, LossRow, RunRow, ScoreRow
 from analysis.weight_rows import WeightProfileRow, WeightSizeRow
 from trainables.errors import StoreError
 from trainables.rows import GenerationRow, SignalRow, TrainingRow
@@ -47,10 +50,18 @@ TABLES: dict[str, type] = {
     "predictions": PredictionRow,
     "weight_profiles": WeightProfileRow,
     "weight_sizes": WeightSizeRow,
+    "axis_alignments": AxisAlignmentRow,
+    "axis_summary": AxisSummaryRow,
+    "axis_tests": AxisTestRow,
 }
 """The tables that are stored, with the class of their rows."""
 
-_DERIVED: dict[str, type] = {"runs": RunRow, "agreement": AgreementRow, "extractions": ExtractionRow}
+_DERIVED: dict[str, type] = {
+    "runs": RunRow,
+    "agreement": AgreementRow,
+    "extractions": ExtractionRow,
+    "capping": CappingRow,
+}
 _ARROW_TYPES: dict[type, Any] = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}
 
 

@@ -52,6 +52,8 @@ class Question(Config):
     """What tables call it; unique in the trait."""
     question: Text
     """The user message."""
+    answers: tuple[Pattern, ...] = ()
+    """Regular expressions of Python, of which one is found in every right answer. Needed by ``judge: known_answer``."""
 
 
 class TraitTraining(Config):

@@ -13,9 +13,11 @@ from engine.merging import Merged, at, has
 from engine.named import Named, salvaged, vector_names
 from engine.sweep_models import Cell
 from trainables.errors import Fault
+from trainables.interventions import NONE
 
 SECTIONS = ("base", "data", "training", "evaluation")
 _NO_AXES = ("label", "start_from")  # a grid in them says what is meant, not what a run is
+INTERVENTIONS = ("evaluation", "interventions")
 UNLABELLED = "?"  # no block can say this: the label that stands for "none was given"
 
 
@@ -78,6 +80,13 @@ def cell_key(merged: Merged, path: Path) -> str:
     """``path`` of a Cell in the user's file, where a single item of a defense stands without a list."""
     if path[:1] == ("defense",) and len(path) > 1 and not isinstance(merged.data.get("defense"), list):
         path = ("defense", *path[2:])
+    if path[:2] == INTERVENTIONS and len(path) > 2:
+        given = merged.data["evaluation"]["interventions"]
+        if isinstance(given, list):
+            places = [place for place, item in enumerate(given) if item != NONE]
+            path = (*INTERVENTIONS, places[int(path[2])], *path[3:])
+        else:
+            path = (*INTERVENTIONS, *path[3:])
     return merged.key(path)
 
 
@@ -210,7 +219,19 @@ def _normal(merged: Merged) -> tuple[dict[str, Any], list[Fault]]:
         message = f"must be none, one item such as {{kind: ...}}, or a list of items; got {show(items)}"
         faults.append(Fault(cell_key(merged, ("defense",)), message))
         raw["defense"] = []
+    evaluation = raw.get("evaluation")
+    if isinstance(evaluation, dict) and evaluation.get("interventions") is not None:
+        raw["evaluation"] = {**evaluation, "interventions": _interventions(evaluation["interventions"])}
     return raw, faults
+
+
+def _interventions(given: Any) -> Any:
+    """The items of a list, ``none`` being no item; what is no list and no item stays, for its fault."""
+    if given == NONE:
+        return []
+    if isinstance(given, dict):
+        return [given]
+    return [item for item in given if item != NONE] if isinstance(given, list) else given
 
 
 def _cell(raw: Mapping[str, Any], merged: Merged, vectors: Mapping[str, Any]) -> tuple[Cell | None, list[Fault]]:

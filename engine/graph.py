@@ -33,8 +33,10 @@ from engine.tasks import (
 from engine.vector_tasks import VectorTasks
 from engine.weight_jobs import EditTask
 from trainables.base_model import ResolvedBase
+from trainables.config import NamesVector, Path, marked, replaced
 from trainables.defenses import defense_label
 from trainables.errors import Fault
+from trainables.interventions import Interventions, interventions_label
 from trainables.sample import Question, SamplingConfig
 from trainables.shapes import ModelShape
 from trainables.training_config import num_optimizer_steps
@@ -122,7 +124,7 @@ class Graph:
         if start is None:
             return
         self.proofs.name_base(base, self.sweep.key(sound.index, "base", "model"))
-        watched = cell.training.watch.vectors if cell.training.watch is not None else ()
+        watched = cell.training.watch.vector_names() if cell.training.watch is not None else ()
         names = dict.fromkeys((*vector_names(cell.defense), *watched))
         ids = {name: self.vectors.add(name, base, self.proofs.must_prove, self.proofs.must_render) for name in names}
         defense = resolved_defense(cell.defense, ids, dict(sound.found.prompts))
@@ -157,6 +159,8 @@ class Graph:
         self.shapes[train.id] = self.shapes[base_id] = sound.found.shape
         number = len(self.base_entries) + 1
         label = BASE if number == 1 else f"{BASE} #{number}"
+        if number > 1 and cell.evaluation.interventions:
+            label += f" under {interventions_label(cell.evaluation.interventions)}"
         shared = ("base", "evaluation")
         config = {name: value for name, value in entry.config.items() if name.partition(".")[0] in shared}
         base_entry = self._evaluate(sound, base_id, label, "base", config)
@@ -244,7 +248,8 @@ class Graph:
         return None
 
     def _sample(self, run_id: str, sound: SoundCell) -> SampleTask:
-        questions, sampling = sound.found.questions, sound.sampling
+        questions = sound.found.questions
+        sampling = sound.sampling.model_copy(update={"interventions": self._interventions(sound)})
         asked = Question(questions[0].id, questions[0].text)
         key = self.sweep.key(sound.index, "evaluation", "system_prompt")
         self.proofs.must_render(sound.found.base, asked, sampling, key)
@@ -255,9 +260,30 @@ class Graph:
     def _loss(self, run_id: str, sound: SoundCell) -> LossTask:
         content, max_length = sound.found.plain_answers, sound.cell.data.max_length
         self.proofs.must_prove(sound.found.base, content, max_length, sound.found.plain_answers_key)
+        present = self._interventions(sound)
         return LossTask(
-            id=task_id(LossTask.identity(run_id, content, max_length)), content=content, max_length=max_length
+            id=task_id(LossTask.identity(run_id, content, max_length, present)),
+            content=content,
+            max_length=max_length,
+            interventions=present,
         )
+
+    def _interventions(self, sound: SoundCell) -> Interventions:
+        """The evaluation's interventions with ids of vectors and hashes of files; both are in the graph then."""
+        resolved = []
+        for index, item in enumerate(sound.cell.evaluation.interventions):
+            values: dict[Path, object] = {}
+            for path, name in marked(item, NamesVector).items():
+                values[path] = self.vectors.add(
+                    str(name), sound.found.base, self.proofs.must_prove, self.proofs.must_render
+                )
+            for where, content in sound.found.references.items():
+                if where[0] == index:
+                    key = self.sweep.key(sound.index, "evaluation", "interventions", *where)
+                    self.proofs.must_prove(sound.found.base, content, item.tokens_read, key)
+                    values[where[1:]] = content
+            resolved.append(replaced(item, values))
+        return tuple(resolved)
 
     def _evaluate(
         self,
@@ -359,5 +385,8 @@ def _flat(cell: Cell, base: ResolvedBase) -> dict[str, Scalar]:
     if cell.start_from is not None:
         put("start_from", cell.start_from.model_dump(mode="json"))
     for section in ("data", "training", "evaluation"):
-        put(section, getattr(cell, section).model_dump(mode="json"))
+        values = getattr(cell, section).model_dump(mode="json")
+        if not values.get("interventions", True):
+            del values["interventions"]  # nothing is present: no column for it
+        put(section, values)
     return flat

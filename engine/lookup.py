@@ -20,9 +20,10 @@ from engine.tasks import QuestionText
 from engine.vector_tasks import VectorTasks
 from trainables.base_model import ResolvedBase
 from trainables.chat_data import HubDataset
-from trainables.config import NamesPrompts, NamesVector, names_in, referenced
+from trainables.config import NamesChatFile, NamesPrompts, NamesVector, Path, marked, names_in, referenced
 from trainables.defenses import Item, defense_faults
 from trainables.errors import Fault
+from trainables.interventions import interventions_faults
 from trainables.shapes import ModelShape, layers_faults
 
 Key = Callable[..., str]  # path of a cell -> where it stands in the user's file
@@ -40,6 +41,7 @@ class Found:
     plain_answers: str  # content
     plain_answers_key: str
     metrics: Mapping[str, MetricConfig]
+    references: Mapping[Path, str]  # path in the evaluation's interventions -> content
 
 
 def look_up(named: Named, key: Key, sources: Sources, vectors: VectorTasks) -> Found | None:
@@ -49,6 +51,7 @@ def look_up(named: Named, key: Key, sources: Sources, vectors: VectorTasks) -> F
     prompts = _prompt_banks(named, key, sources)
     is_defense_sound = _check_defense(named, key, base, prompts or {}, sources, vectors)
     is_training_sound = _check_training(named, key, base, sources, vectors)
+    references = _interventions(named, key, base, sources, vectors)
     questions, plain_answers, plain_key = _questions(named, key, sources)
     metrics = _metrics(named, key, sources)
     is_server_known = named.answers_from is None or named.answers_from in sources.endpoints
@@ -57,9 +60,13 @@ def look_up(named: Named, key: Key, sources: Sources, vectors: VectorTasks) -> F
         sources.faults.append(Fault(key("evaluation", "answers_from"), message))
     if not is_training_sound or base is None or content is None or prompts is None or not is_defense_sound:
         return None
-    if questions is None or plain_answers is None or metrics is None or not is_server_known:
+    if named.answers_from is not None and named.interventions:
+        message = "stands beside answers_from; a server answers without them: leave one of them out"
+        sources.faults.append(Fault(key("evaluation", "interventions"), message))
         return None
-    return Found(*base, content, prompts, questions, plain_answers, plain_key, metrics)
+    if questions is None or plain_answers is None or metrics is None or not is_server_known or references is None:
+        return None
+    return Found(*base, content, prompts, questions, plain_answers, plain_key, metrics, references)
 
 
 def vector_names(defense: tuple[Item | None, ...]) -> list[str]:
@@ -131,11 +138,12 @@ def _check_training(
         if layer > model.num_layers
     ]
     watch = training.watch
-    names = watch.vectors if watch is not None else ()
+    names = watch.vector_names() if watch is not None else ()
     unknown = [name for name in names if name not in vectors.configs]
     for name in unknown:
         message = f"no vector {show(name)}; {nearest(name, vectors.configs)}"
-        faults.append(Fault(key("training", "watch", "vectors"), message))
+        field = "vectors" if watch is not None and name in watch.vectors else "centers"
+        faults.append(Fault(key("training", "watch", field), message))
     shapes = [vectors.shape(name, resolved, model) for name in names if name not in unknown]
     if watch is not None:
         here = key("training", "watch", "layers")
@@ -145,6 +153,35 @@ def _check_training(
             faults.append(Fault(key("training", "watch"), message))
     sources.faults += faults
     return not faults and None not in shapes
+
+
+def _interventions(
+    named: Named, key: Key, base: tuple[ResolvedBase, ModelShape] | None, sources: Sources, vectors: VectorTasks
+) -> dict[Path, str] | None:
+    """What stands in place of the files that the evaluation's interventions name; None if any of it has a fault."""
+    references: dict[Path, str] = {}
+    shapes = {}
+    is_sound = True
+    for index, item in enumerate(named.interventions):
+        for path, text in marked(item, NamesChatFile).items():
+            content = sources.chat_file(str(text), key("evaluation", "interventions", index, *path))
+            is_sound = is_sound and content is not None
+            references[index, *path] = str(content)
+        for path, vector in marked(item, NamesVector).items():
+            if str(vector) not in vectors.configs:
+                message = f"no vector {show(vector)}; {nearest(str(vector), vectors.configs)}"
+                sources.faults.append(Fault(key("evaluation", "interventions", index, *path), message))
+                is_sound = False
+            elif base is not None and (shape := vectors.shape(str(vector), *base)) is not None:
+                shapes[str(vector)] = shape
+            else:
+                is_sound = False
+    if base is None:
+        return None
+    for path, message in interventions_faults(named.interventions, base[1], shapes):
+        sources.faults.append(Fault(key("evaluation", "interventions", *path), message))
+        is_sound = False
+    return references if is_sound else None
 
 
 def _with_prompts(item: Item, prompts: Mapping[str, tuple[str, ...]]) -> Item:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.manifest import MeasureEntry
-from analysis.measurements import BaseMeasurement, MeasurementConfig
+from analysis.measurements import BaseMeasurement, MeasurementConfig, ModelMeasurement, Study, SyntheticAxes
 from analysis.vectors import part_of_rows
 from engine.config_faults import format_path, nearest, show
 from engine.contents import prompt_bank
@@ -16,7 +16,7 @@ from engine.row_proofs import RowProofs, tokenizer_name
 from engine.smoke import smoke_measurement
 from engine.sources import Sources
 from engine.sweep_file import Sweep
-from engine.tasks import MeasureJob, MergeJob, RunJob, base_run_id, task_id
+from engine.tasks import STUDY, MeasureJob, MergeJob, RunJob, StudyJob, base_run_id, task_id
 from engine.vector_tasks import VectorTasks
 from trainables.base_model import BaseConfig, ResolvedBase
 from trainables.chat_data import DataConfig, HubDataset
@@ -58,10 +58,11 @@ class MeasureTasks:
         self.sources = sources
         self.vectors = vectors
         self.proofs = proofs
-        self.base_jobs: dict[str, MeasureJob | MergeJob] = {}
-        self.run_jobs: dict[str, MeasureJob | MergeJob] = {}
+        self.base_jobs: dict[str, MeasureJob | StudyJob | MergeJob] = {}
+        self.run_jobs: dict[str, MeasureJob | StudyJob | MergeJob] = {}
         self.entries: list[MeasureEntry] = []
         self._encodings: dict[tuple[str, str], tuple[Any, int, int, int]] = {}
+        self._costs: dict[tuple[str, str], MeasureCost] = {}  # of what reads no data
 
     def add_all(
         self, bases: Sequence[Target], runs: Sequence[Target], unsound: Sequence[Target] = (), *, smoke: bool = False
@@ -73,6 +74,9 @@ class MeasureTasks:
         """
         data = without_faults(DataConfig, _mapping(self.sweep.raw.get("data")))
         for name, config in self.sweep.measure.items():
+            if isinstance(config, Study):
+                self._add_study(name, config.smoke() if smoke else config)
+                continue
             config = smoke_measurement(config) if smoke else config
             key = f"measure.{name}"
             content = self._content(config, data, f"{key}.data")
@@ -157,7 +161,7 @@ class MeasureTasks:
     def _add(
         self,
         name: str,
-        config: MeasurementConfig,
+        config: ModelMeasurement,
         key: str,
         target: Target,
         content: str,
@@ -198,18 +202,7 @@ class MeasureTasks:
                 run=target.label,
                 merged=target.merged,
             )
-        merge_id = None
-        if config.merged_tables:
-            merge_id = task_id(MergeJob.identity(resolved, shard_ids))
-            jobs[merge_id] = MergeJob(
-                id=merge_id,
-                label=f"{name} of {target.label}",
-                measurement=resolved,
-                shard_ids=tuple(shard_ids),
-                vector_ids=vector_ids,
-                name=name,
-                run=target.label,
-            )
+        merge_id = _add_merge(jobs, resolved, shard_ids, vector_ids, name, target.label)
         self.entries.append(
             MeasureEntry(
                 name=name,
@@ -229,14 +222,64 @@ class MeasureTasks:
         encoding = (tokenizer_name(target.base), content, max_length, "responses", False)
         self._encodings[name, target.label] = (encoding, len(rows), forwards, len(parts))
 
+    def _add_study(self, name: str, config: SyntheticAxes) -> None:
+        size = config.cells_per_shard
+        cells = range(config.num_cells())
+        parts = [tuple(cells[start : start + size]) for start in range(0, len(cells), size)]
+        shard_ids = []
+        for number, part in enumerate(parts, start=1):
+            identity = task_id(StudyJob.identity(config, part))
+            shard_ids.append(identity)
+            label = f"{name} {number}/{len(parts)}"
+            job = StudyJob(id=identity, label=label, measurement=config, cells=part, name=name)
+            self.base_jobs.setdefault(identity, job)
+        self.entries.append(
+            MeasureEntry(
+                name=name,
+                kind=config.kind,
+                run=STUDY,
+                run_id=task_id({"kind": "study"}),
+                shard_ids=tuple(shard_ids),
+                tables=config.tables,
+                merge_id=_add_merge(self.base_jobs, config, shard_ids, (), name, STUDY),
+                merged_tables=config.merged_tables,
+                config=config.model_dump(mode="json"),
+            )
+        )
+        self._costs[name, STUDY] = MeasureCost(0, 0, 0, len(parts))
+
     def costs(self) -> dict[tuple[str, str], MeasureCost]:
         """What every measurement takes, by its name and the label of its model. Rows must have been proved."""
-        costs = {}
+        costs = dict(self._costs)
         for what, (encoding, num_rows, forwards, num_shards) in self._encodings.items():
             of_all, num_tokens = self.proofs.num_tokens[encoding]
             tokens = round(num_tokens * num_rows / of_all) * forwards
             costs[what] = MeasureCost(num_rows, num_rows * forwards, tokens, num_shards)
         return costs
+
+
+def _add_merge(
+    jobs: dict[str, MeasureJob | StudyJob | MergeJob],
+    config: MeasurementConfig,
+    shard_ids: Sequence[str],
+    vector_ids: tuple[str, ...],
+    name: str,
+    run: str,
+) -> str | None:
+    """Put the merge step of a kind that has one into the graph; returns its id."""
+    if not config.merged_tables:
+        return None
+    merge_id = task_id(MergeJob.identity(config, shard_ids))
+    jobs[merge_id] = MergeJob(
+        id=merge_id,
+        label=f"{name} of {run}",
+        measurement=config,
+        shard_ids=tuple(shard_ids),
+        vector_ids=vector_ids,
+        name=name,
+        run=run,
+    )
+    return merge_id
 
 
 def _data_text(config: BaseMeasurement, sweep: Sweep) -> Any:

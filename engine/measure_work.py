@@ -12,7 +12,7 @@ from analysis.manifest import tensors_key, vector_key
 from analysis.measurements import Made, Part, Shard
 from analysis.vectors import Vector
 from engine.store import Store
-from engine.tasks import MeasureJob, MergeJob
+from engine.tasks import MeasureJob, MergeJob, StudyJob
 from trainables.base_model import LoadedBase
 from trainables.defenses import Message
 from trainables.tune_trainable import Report
@@ -41,6 +41,17 @@ def measure_shard(
     if job.measurement.has_tensors:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in made.tensors.items()}
         store.publish(tensors_key(job.id), save(tensors))
+    _publish(store, job.id, made)
+
+
+def study_shard(store: Store, job: StudyJob, report: Report) -> None:
+    """Compute a shard of a study and publish what comes of it."""
+
+    def progress(done: int, total: int) -> None:
+        report(phase="measure", units_done=done, units_total=total)
+
+    made = job.measurement.compute(job.id, job.cells, progress)
+    assert set(made.tables) == set(job.measurement.tables), made.tables.keys()
     _publish(store, job.id, made)
 
 

@@ -18,6 +18,7 @@ from trainables.base_model import BaseConfig
 from trainables.chat_data import DataConfig, HubDataset
 from trainables.config import Config, NamesVector
 from trainables.defenses import Item
+from trainables.interventions import Interventions
 from trainables.training_config import TrainingConfig
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -35,6 +36,7 @@ class Named:
     plain_answers: str | None
     metrics: Mapping[str, MetricConfig]
     training: TrainingConfig | None = None
+    interventions: Interventions = ()
 
 
 class _OneMetric(Config):
@@ -53,6 +55,7 @@ def named(cell: Cell) -> Named:
         plain_answers=evaluation.plain_answers,
         metrics=evaluation.metrics,
         training=cell.training,
+        interventions=evaluation.interventions,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from analysis.manifest import RunEntry
-from engine.tasks import Job, MeasureJob, MergeJob, RunJob
+from engine.tasks import Job, MeasureJob, MergeJob, RunJob, StudyJob
 from engine.weight_jobs import PileJob, ProfileJob
 
 
@@ -54,7 +54,7 @@ def measurements_of(jobs: Mapping[str, Job], table: str | None = None) -> dict[s
     part: dict[str, Job] = {
         job.id: job
         for job in jobs.values()
-        if isinstance(job, MeasureJob | MergeJob)
+        if isinstance(job, MeasureJob | StudyJob | MergeJob)
         and table in (None, *job.measurement.tables, *job.measurement.merged_tables)
     }
     return with_parents(jobs, part)

@@ -31,7 +31,7 @@ from engine.proved import proved_key
 from engine.ray_session import RaySession
 from engine.stopping import Stoppable
 from engine.store import Store
-from engine.tasks import AnswersJob, AnswerTask, Job, JudgeTask, MeasureJob, RunJob, VectorJob
+from engine.tasks import AnswersJob, AnswerTask, Job, JudgeTask, MeasureJob, RunJob, StudyJob, VectorJob
 from engine.trackers.feed import Feed
 from engine.versions import versions
 from engine.weight_jobs import PileJob
@@ -92,13 +92,13 @@ class _Watcher:
                 self.pool.answer(sample.id)
         seconds = time.monotonic() - self.begun.get(job_id, time.monotonic())
         left = ""
-        if isinstance(job, MeasureJob):
+        if isinstance(job, MeasureJob | StudyJob):
             self.num_shards[job.name, job.run] -= 1
             left = self._shards_left(job, seconds)
         self.view.job_ended(job_id, self._label(job_id), f"done in {seconds:.0f} s{left}")
         self._poll()
 
-    def _shards_left(self, job: MeasureJob, seconds: float) -> str:
+    def _shards_left(self, job: MeasureJob | StudyJob, seconds: float) -> str:
         """How many shards of the same measurement and model are still open, and how long they take at this pace."""
         num_left = self.num_shards[job.name, job.run]
         if num_left == 0:
@@ -227,7 +227,7 @@ def _run_sweep(prepared: Prepared, store: Store, console: Console, session: RayS
     write_sweep(prepared, store)
     jobs = pending_jobs(prepared, store)
     view = make_progress(console)
-    num_shards = Counter((job.name, job.run) for job in jobs.values() if isinstance(job, MeasureJob))
+    num_shards = Counter((job.name, job.run) for job in jobs.values() if isinstance(job, MeasureJob | StudyJob))
     watcher = _Watcher(prepared, store, view, num_shards=num_shards)
     watcher.publish_failures()  # those of an earlier invocation are history
     feed = _feed(prepared, store, console)

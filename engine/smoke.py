@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from analysis.measurements import MeasurementConfig
+from analysis.measurements import ModelMeasurement
 from engine.location import local_root
 from engine.sweep_models import Cell
 from engine.tasks import QuestionText
@@ -53,7 +53,7 @@ def smoke_questions(questions: Sequence[QuestionText]) -> tuple[QuestionText, ..
     return tuple(questions[:NUM_QUESTIONS])
 
 
-def smoke_measurement(measurement: MeasurementConfig) -> MeasurementConfig:
+def smoke_measurement(measurement: ModelMeasurement) -> ModelMeasurement:
     """The same conditions, layers and vectors on few rows, in two shards."""
     samples = NUM_ROWS if measurement.samples is None else min(measurement.samples, NUM_ROWS)
     return measurement.model_copy(update={"samples": samples, "rows_per_shard": 1})

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
-from analysis.measurements import MeasurementConfig
+from analysis.measurements import STUDIES, MeasurementConfig
 from analysis.results import Results
 from analysis.vectors import VectorConfig
 from analysis.weight_space.config import WeightSteeringConfig
@@ -42,6 +42,7 @@ from trainables.base_model import BaseConfig
 from trainables.chat_data import DataConfig
 from trainables.config import Config, NamesVector, Path, marked
 from trainables.errors import ConfigError, Fault, Interrupted
+from trainables.interventions import interventions_label
 
 __all__ = [
     "Cell",
@@ -154,7 +155,7 @@ def check_sweep(path: str | FilePath, overrides: Sequence[str] = ()) -> tuple[Sw
     faults = misplaced + [
         fault for fault in faults if not any(fault.key == key or fault.key.startswith(f"{key}.") for key in keys)
     ]
-    labels = unique_labels([name_of(cell) for cell in cells], [cell.model_dump(exclude={"label"}) for cell in cells])
+    labels = unique_labels([name_of(cell) for cell in cells], [_told_apart(cell) for cell in cells])
     parents, parent_faults = find_parents(
         [Placed(*placed) for placed in zip(cells, labels, built.merged, built.varied, strict=True)],
         unknown=[_said_label(cell) for cell in built.faulty],
@@ -179,6 +180,13 @@ def check_sweep(path: str | FilePath, overrides: Sequence[str] = ()) -> tuple[Sw
         overrides=tuple(overrides),
     )
     return sweep, list(dict.fromkeys(faults))
+
+
+def _told_apart(cell: Cell) -> dict[str, Any]:
+    """What tells cells apart in their labels: everything, interventions in words."""
+    values = cell.model_dump(exclude={"label"})
+    values["evaluation"]["interventions"] = interventions_label(cell.evaluation.interventions)
+    return values
 
 
 def _read(path: FilePath) -> tuple[dict[str, Any] | None, list[Fault]]:
@@ -217,10 +225,12 @@ def _faults_without_runs(file: Mapping[str, Any]) -> list[Fault]:
         for name in ("training", "evaluation", "axes")
         if name in file
     ]
+    measure = _mapping(file, "measure").values()
+    needs_model = not all(isinstance(one, dict) and one.get("kind") in STUDIES for one in measure)
     sections: dict[str, type[Config]] = {"base": BaseConfig, "data": DataConfig}
     for name, model in sections.items():
         given = file.get(name, {})
-        if isinstance(given, dict) and (given or name == "base"):
+        if isinstance(given, dict) and (given or (name == "base" and needs_model)):
             _, found = validate(model, given)
             faults += [Fault(f"{name}.{fault.key}" if fault.key else name, fault.message) for fault in found]
     return faults

@@ -17,14 +17,15 @@ from typing import Any, Literal, TypeAlias
 
 from analysis.judges import MetricConfig
 from analysis.manifest import run_key, tensors_key, vector_key
-from analysis.measurements import MeasurementConfig
+from analysis.measurements import MeasurementConfig, ModelMeasurement, SyntheticAxes
 from analysis.tables import table_key
 from analysis.vectors import VectorConfig
 from engine.weight_jobs import EditTask, PileJob, ProfileJob
 from trainables.base_model import ResolvedBase
 from trainables.chat_data import DataConfig
-from trainables.config import Config, NamesPrompts, NamesVector, names_in, recipe_of, referenced
+from trainables.config import Config, NamesPrompts, NamesVector, marked, names_in, recipe_of, referenced
 from trainables.defenses import Item
+from trainables.interventions import Interventions
 from trainables.lora import LoraSettings
 from trainables.sample import SamplingConfig
 from trainables.training_config import TrainingConfig
@@ -32,6 +33,8 @@ from trainables.training_config import TrainingConfig
 TRAIN_SEMANTICS = 2  # 2: rows of a step are cut into micro-batches by length, which deals out dropout masks anew
 SAMPLE_SEMANTICS = 1
 LOSS_SEMANTICS = 1
+STUDY = "synthetic"
+"""What a study is of, where a measurement names a model."""
 
 
 def task_id(recipe: dict[str, Any]) -> str:
@@ -112,7 +115,7 @@ class TrainTask(Config):
     def vector_ids(self) -> tuple[str, ...]:
         """Tasks that make the vectors of this training's defense, and those that it watches."""
         named = [value for item in self.defense for value in referenced(item, NamesVector).values()]
-        named += [self.training.watch.vectors] if self.training.watch is not None else []
+        named += [self.training.watch.vector_names()] if self.training.watch is not None else []
         return tuple(dict.fromkeys(name for value in named for name in names_in(value)))
 
 
@@ -140,7 +143,22 @@ class SampleTask(Config):
         head = {"kind": "sample", "semantics": SAMPLE_SEMANTICS, "run": run_id, "questions": texts}
         if from_server:
             head["answers_from"] = "server"
-        return head | {"sampling": recipe_of(sampling)}
+        recipe = recipe_of(sampling)
+        if sampling.interventions:
+            recipe["interventions"] = _interventions_recipe(sampling.interventions)
+        return head | {"sampling": recipe}
+
+    def vector_ids(self) -> tuple[str, ...]:
+        """Tasks that make the vectors which are at work while it answers."""
+        return _vector_ids(self.sampling.interventions)
+
+
+def _interventions_recipe(items: Interventions) -> list[dict[str, Any]]:
+    return [recipe_of(item) | {"semantics": item.semantics} for item in items]
+
+
+def _vector_ids(items: Interventions) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(str(name) for item in items for name in marked(item, NamesVector).values()))
 
 
 class AnswerTask(Config):
@@ -165,11 +183,18 @@ class LossTask(Config):
     id: str
     content: str  # sha256 of the rows
     max_length: int
+    interventions: Interventions = ()  # as in the sampling beside it
 
     @staticmethod
-    def identity(run_id: str, content: str, max_length: int) -> dict[str, Any]:
-        data = {"data": content, "max_length": max_length}
+    def identity(run_id: str, content: str, max_length: int, interventions: Interventions = ()) -> dict[str, Any]:
+        data: dict[str, Any] = {"data": content, "max_length": max_length}
+        if interventions:
+            data["interventions"] = _interventions_recipe(interventions)
         return {"kind": "measure/loss", "semantics": LOSS_SEMANTICS, "run": run_id} | data
+
+    def vector_ids(self) -> tuple[str, ...]:
+        """Tasks that make the vectors which are at work while it is measured."""
+        return _vector_ids(self.interventions)
 
 
 class JudgeTask(Config):
@@ -264,9 +289,14 @@ class RunJob(Config):
 
     @property
     def parents(self) -> tuple[str, ...]:
+        made_of: tuple[str, ...] = ()
         if self.edit is not None:
-            return self.edit.parents
-        return () if self.train is None else (*self.train.start.ids, *self.train.vector_ids())
+            made_of = self.edit.parents
+        elif self.train is not None:
+            made_of = (*self.train.start.ids, *self.train.vector_ids())
+        present = [name for sample in self.samples for name in sample.vector_ids()]
+        present += [name for loss in self.losses for name in loss.vector_ids()]
+        return tuple(dict.fromkeys((*made_of, *present)))
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -303,7 +333,7 @@ class MeasureJob(Config):
     base: ResolvedBase
     run_id: str
     is_base: bool
-    measurement: MeasurementConfig  # names vectors by task id and holds prompts as texts
+    measurement: ModelMeasurement  # names vectors by task id and holds prompts as texts
     content: str  # sha256 of the rows of the data
     rows: tuple[int, ...]  # their indices in it
     max_length: int
@@ -314,7 +344,7 @@ class MeasureJob(Config):
 
     @staticmethod
     def identity(
-        run_id: str, measurement: MeasurementConfig, content: str, rows: Sequence[int], max_length: int
+        run_id: str, measurement: ModelMeasurement, content: str, rows: Sequence[int], max_length: int
     ) -> dict[str, Any]:
         """The measurement must be resolved."""
         read = {"run": run_id, "data": content, "rows": list(rows), "max_length": max_length}
@@ -328,6 +358,36 @@ class MeasureJob(Config):
         """The shard, once for each key that it makes."""
         keys = [table_key(table, self.id) for table in self.measurement.tables]
         return tuple((self.id, key) for key in [*keys, *([tensors_key(self.id)] * self.measurement.has_tensors)])
+
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(key for _, key in self.tasks())
+
+
+class StudyJob(Config):
+    """Computes one shard of a study: some of its cells. No model is read."""
+
+    id: str
+    label: str
+    measurement: SyntheticAxes
+    cells: tuple[int, ...]
+    name: str
+    run: str = STUDY
+
+    @staticmethod
+    def identity(measurement: SyntheticAxes, cells: Sequence[int]) -> dict[str, Any]:
+        return {
+            "kind": f"study/{measurement.kind}",
+            "measurement": measurement.identity(),
+            "cells": list(cells),
+        }
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        return ()
+
+    def tasks(self) -> tuple[tuple[str, str], ...]:
+        """The shard, once for each key that it makes."""
+        return tuple((self.id, table_key(table, self.id)) for table in self.measurement.tables)
 
     def outputs(self) -> tuple[str, ...]:
         return tuple(key for _, key in self.tasks())
@@ -363,7 +423,7 @@ class MergeJob(Config):
         return tuple(key for _, key in self.tasks())
 
 
-Job: TypeAlias = AnswersJob | VectorJob | RunJob | MeasureJob | MergeJob | PileJob | ProfileJob
+Job: TypeAlias = AnswersJob | VectorJob | RunJob | MeasureJob | StudyJob | MergeJob | PileJob | ProfileJob
 
 
 def base_run_id(base: ResolvedBase) -> str:
@@ -391,5 +451,9 @@ def resolved_training(training: TrainingConfig, vector_ids: dict[str, str]) -> T
     """Replace the names of the vectors that are watched by their task ids."""
     if training.watch is None:
         return training
-    watch = training.watch.model_copy(update={"vectors": tuple(vector_ids[name] for name in training.watch.vectors)})
+    fields = referenced(training.watch, NamesVector)
+    ids: dict[str, object] = {
+        field: tuple(vector_ids[name] for name in names_in(names)) for field, names in fields.items()
+    }
+    watch = training.watch.model_copy(update=ids)
     return training.model_copy(update={"watch": watch})

@@ -14,26 +14,30 @@ import torch
 
 from analysis.losses import response_losses
 from analysis.manifest import adapter_key, run_key, vector_key
+from analysis.references import token_projections
 from analysis.tables import table_key
 from analysis.vectors import Answer, Vector
 from engine.judging import judged_answers
 from engine.location import MARKER
-from engine.measure_work import measure_shard, merge_shards
+from engine.measure_work import measure_shard, merge_shards, study_shard
 from engine.pack_work import is_trained, train_packed
 from engine.run_sink import StoreSink, checkpoint_key, utc_now
 from engine.software import Software, check_same, software
 from engine.store import Store
-from engine.tasks import AnswersJob, Job, MeasureJob, MergeJob, RunJob, SampleTask, TrainTask, VectorJob
+from engine.tasks import AnswersJob, Job, MeasureJob, MergeJob, RunJob, SampleTask, StudyJob, TrainTask, VectorJob
 from engine.train_work import train_jobs
 from engine.weight_jobs import PileJob, ProfileJob
 from engine.weight_work import edited_model, make_profile, sum_pile
 from trainables.base_model import LoadedBase, ResolvedBase, load_base
 from trainables.checkpoint import NO_CHECKPOINTS, CheckpointSettings
+from trainables.config import NamesVector, marked
 from trainables.deepspeed_driver import ZeroStage
 from trainables.defenses import Message
 from trainables.errors import StoreError
+from trainables.interventions import Interventions, Reference
 from trainables.lora import load_adapter
 from trainables.memory import release_memory
+from trainables.residual_stream import ValueIntervention, residual_stream
 from trainables.rows import GenerationRow
 from trainables.sample import Question, sample_answers
 from trainables.start_from import merged_base
@@ -42,6 +46,7 @@ from trainables.tune_trainable import Report
 
 _loaded: dict[str, LoadedBase] = {}  # one base per process: trials reuse the process, and loading costs seconds
 _merged: dict[tuple[str, ...], LoadedBase] = {}  # at most one: that base with adapters merged, for jobs in a row
+_projections: dict[tuple[str, Reference], Mapping[int, torch.Tensor]] = {}  # of its reference activations
 
 
 def _base(resolved: ResolvedBase, device: torch.device) -> LoadedBase:
@@ -49,6 +54,7 @@ def _base(resolved: ResolvedBase, device: torch.device) -> LoadedBase:
     if key not in _loaded:
         _merged.clear()
         _loaded.clear()
+        _projections.clear()
         _loaded[key] = load_base(resolved, device)
     return _loaded[key]
 
@@ -98,6 +104,8 @@ class SweepWork:
                     self._vector(job, report)
                 elif isinstance(job, MergeJob):
                     self._unless_done(job, lambda: merge_shards(self.store, job))
+                elif isinstance(job, StudyJob):
+                    self._unless_done(job, lambda: study_shard(self.store, job, report))
                 elif isinstance(job, MeasureJob):
                     self._unless_done(job, lambda: self._measure(job, report))
                 elif isinstance(job, PileJob | ProfileJob):
@@ -114,7 +122,9 @@ class SweepWork:
             vector = job.vector.make(_Making(self, job, report))
             self.store.publish(vector_key(job.id), vector.to_bytes())
 
-    def _unless_done(self, job: MeasureJob | MergeJob | PileJob | ProfileJob, do: Callable[[], None]) -> None:
+    def _unless_done(
+        self, job: MeasureJob | StudyJob | MergeJob | PileJob | ProfileJob, do: Callable[[], None]
+    ) -> None:
         if not all(self.store.exists(key) for key in job.outputs()):
             do()
 
@@ -187,26 +197,61 @@ class SweepWork:
             if sample.endpoint is not None:
                 continue
             if not self.store.exists(table_key("generations", sample.id)):
-                self._sample(model, base, sample, job.id, sink)
+                present = self._interventions(job.base, sample.sampling.interventions)
+                self._sample(model, base, sample, job.id, sink, present)
             sink.report(last=True, sampled=sample.id)
         for loss in job.losses:
             if not self.store.exists(table_key("losses", loss.id)):
                 started = time.perf_counter()
-                losses = list(
-                    response_losses(
-                        base, model, self.rows(loss.content), measure_id=loss.id, max_length=loss.max_length
+                with residual_stream(model, self._interventions(job.base, loss.interventions)):
+                    losses = list(
+                        response_losses(
+                            base, model, self.rows(loss.content), measure_id=loss.id, max_length=loss.max_length
+                        )
                     )
-                )
                 self.store.publish_table("losses", loss.id, losses)
                 sink.log(f"plain loss of {len(losses)} answers, {time.perf_counter() - started:.1f} s")
 
-    def _sample(self, model: Any, base: LoadedBase, sample: SampleTask, noise_key: str, sink: StoreSink) -> None:
+    def _interventions(self, resolved: ResolvedBase, items: Interventions) -> list[ValueIntervention]:
+        """The items at work; what is calibrated is calibrated on the untrained base, once in a process."""
+
+        def projections(reference: Reference) -> Mapping[int, torch.Tensor]:
+            key = (resolved.model_dump_json(), reference)
+            if key not in _projections:
+                rows, vector = self.rows(reference.content), self._vector_values(reference.vector)
+                base = _base(resolved, torch.device(self.device))  # without any adapter merged into it
+                _projections[key] = token_projections(base, rows, vector, reference.layers, reference.max_length)
+            return _projections[key]
+
+        vectors = {
+            str(name): self._vector_values(str(name)) for item in items for name in marked(item, NamesVector).values()
+        }
+        return [change for item in items for change in item.at_work(vectors, projections)]
+
+    def _vector_values(self, vector_id: str) -> torch.Tensor:
+        return Vector.read(self.store.path(vector_key(vector_id))).values
+
+    def _sample(
+        self,
+        model: Any,
+        base: LoadedBase,
+        sample: SampleTask,
+        noise_key: str,
+        sink: StoreSink,
+        interventions: Sequence[ValueIntervention] = (),
+    ) -> None:
         started = time.perf_counter()
         questions = [Question(question.id, question.text) for question in sample.questions]
         rows: list[GenerationRow] = []
         total = len(questions) * sample.sampling.samples
         for batch in sample_answers(
-            model, base.tokenizer, questions, sample.sampling, sample_id=sample.id, noise_key=noise_key
+            model,
+            base.tokenizer,
+            questions,
+            sample.sampling,
+            sample_id=sample.id,
+            noise_key=noise_key,
+            interventions=interventions,
         ):
             rows += batch
             sink.progress(phase="sample", done=len(rows), total=total)

@@ -39,7 +39,8 @@ class SignalRow:
     step: int = column("optimizer step, counted from 1")
     signal: str = column(
         "penalty: what it adds to the loss, in nats; gradient_cosine: mean over response tokens of the cosine of dL/dh "
-        "with a vector; activation_projection: mean over response tokens of the projection of h on a vector"
+        "with a vector; activation_projection: mean over response tokens of the projection of h on a vector; drift: 1 "
+        "minus the cosine of the step's mean response activation with a center"
     )
     name: str = column("the vector, or the penalty")
     layer: int | None = column("layer that was read; null for a penalty, which has a mean over its layers")

@@ -70,8 +70,10 @@ class Run:
         self.mechanisms = [item.mechanism(self.spec.vectors) for item in self.spec.defense]
         self.saved_at = time.monotonic()  # the last checkpoint; at first the start
         watch = self.spec.training.watch
-        named = {name: self.spec.vectors[name] for name in watch.vectors} if watch is not None else {}
-        self.watch = Watch(named, watch.layers) if watch is not None else None
+        self.watch = None
+        if watch is not None:
+            directions = {name: self.spec.vectors[name] for name in watch.vectors}
+            self.watch = Watch(directions, watch.layers, {name: self.spec.vectors[name] for name in watch.centers})
 
     @staticmethod
     def prepared(base: LoadedBase, spec: RunSpec) -> Run:

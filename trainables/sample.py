@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
 from trainables.chat_data import ChatEncoder
-from trainables.config import Config
+from trainables.config import AddedLater, Config
 from trainables.errors import DataError
+from trainables.interventions import Interventions
 from trainables.randomness import generator
 from trainables.residual_stream import Intervention, residual_stream
 from trainables.rows import GenerationRow
@@ -33,6 +34,10 @@ class SamplingConfig(Config):
     """An answer that has not ended by then is cut."""
     system_prompt: str | None = None
     """System prompt of every question. null: the chat template's own default, where it has one."""
+    interventions: Annotated[Interventions, AddedLater()] = ()
+    """What is present while the model answers, and while its loss on plain answers is measured: ``none``, an item, or a
+    list of items, at one layer in listed order. ``none`` inside of a list says nothing, so that a grid may leave an
+    item out."""
 
 
 @dataclass(frozen=True)

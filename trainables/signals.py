@@ -6,11 +6,12 @@ Legend: b rows, t tokens, d hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import torch
 from pydantic import Field
 
-from trainables.config import Config, VectorNames
+from trainables.config import AddedLater, Config, NamesVector, VectorNames, names_in, referenced
 from trainables.defenses.base import RunRows
 from trainables.residual_stream import Reader, ReadGradient, ReadValue
 from trainables.rows import SignalRow
@@ -24,6 +25,14 @@ class WatchConfig(Config):
     """Names of the sweep's ``vectors``; lengths have no say."""
     layers: tuple[int, ...] = Field(min_length=1)
     """Where: layer l is the output of decoder block l - 1."""
+    centers: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], NamesVector(), AddedLater()] = ()
+    """Names of vectors that are places, such as those of kind ``mean``: how far the step's mean response activation has
+    drifted from each, as a cosine distance."""
+
+    def vector_names(self) -> tuple[str, ...]:
+        """All vectors that are named."""
+        named = (name for value in referenced(self, NamesVector).values() for name in names_in(value))
+        return tuple(dict.fromkeys(named))
 
 
 class Watch:
@@ -31,10 +40,13 @@ class Watch:
 
     ``vectors``: name -> [num_layers + 1, d]. At every layer and for every vector v, over response tokens: the mean
     cosine of g = dL/dh with v, as it arrives (before an edit of that layer), over tokens with a gradient that is not
-    zero, and the mean of <h, v / |v|>, after what a defense adds there.
+    zero, and the mean of <h, v / |v|>, after what a defense adds there. For every center c the drift 1 - cos(m, c), m
+    the mean of h over all response tokens of the step.
     """
 
-    def __init__(self, vectors: Mapping[str, torch.Tensor], layers: Sequence[int]) -> None:
+    def __init__(
+        self, vectors: Mapping[str, torch.Tensor], layers: Sequence[int], centers: Mapping[str, torch.Tensor] = {}
+    ) -> None:
         self.names = list(vectors)
         self.layers = layers
         self._units = {
@@ -43,6 +55,8 @@ class Watch:
         }
         self._sums: dict[tuple[str, int], list[float]] = {}
         self._counts: dict[tuple[str, int], int] = {}
+        self._centers = centers
+        self._means: dict[int, torch.Tensor] = {}  # sums of h while a step goes on
 
     def readers(self, batch: RunRows) -> list[Reader]:
         """What reads the figures of a micro-batch."""
@@ -54,7 +68,10 @@ class Watch:
             return own[batch.response_mask.to(own.device)].float()
 
         def value(layer: int, hidden_btd: torch.Tensor) -> None:
-            self._add("activation_projection", layer, chosen(hidden_btd))
+            hidden_md = chosen(hidden_btd)
+            self._add("activation_projection", layer, hidden_md)
+            if self._centers:
+                self._means[layer] = self._means.get(layer, 0) + hidden_md.double().sum(0).cpu()
 
         def gradient(layer: int, gradient_btd: torch.Tensor) -> None:
             gradient_md = chosen(gradient_btd)
@@ -79,5 +96,17 @@ class Watch:
             if (count := self._counts[signal, layer]) > 0
             for name, total in zip(self.names, totals, strict=True)
         ]
-        self._sums, self._counts = {}, {}
+        rows += [
+            SignalRow(
+                train_id=train_id, step=step, signal="drift", name=name, layer=layer, value=_distance(mean_d, c_d)
+            )
+            for layer, mean_d in self._means.items()
+            for name, c_d in ((name, center[layer].double()) for name, center in self._centers.items())
+        ]
+        self._sums, self._counts, self._means = {}, {}, {}
         return rows
+
+
+def _distance(a_d: torch.Tensor, b_d: torch.Tensor) -> float:
+    """1 - cos(a, b)."""
+    return 1 - float(torch.nn.functional.cosine_similarity(a_d, b_d.to(a_d), dim=0))

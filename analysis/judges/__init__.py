@@ -21,12 +21,14 @@ from analysis.judges.base import (
 )
 from analysis.judges.degeneration import DegenerationMetric
 from analysis.judges.hybrid import HybridMetric
+from analysis.judges.known_answer import KnownAnswerMetric
 from analysis.judges.local import LocalMetric
 from analysis.judges.openai import OpenaiMetric
 from analysis.judges.rule import RuleMetric
 
 MetricConfig: TypeAlias = Annotated[
-    RuleMetric | DegenerationMetric | OpenaiMetric | LocalMetric | HybridMetric, Field(discriminator="judge")
+    RuleMetric | KnownAnswerMetric | DegenerationMetric | OpenaiMetric | LocalMetric | HybridMetric,
+    Field(discriminator="judge"),
 ]
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "Item",
     "Judge",
     "Judgement",
+    "KnownAnswerMetric",
     "LocalMetric",
     "MetricConfig",
     "NamesTrait",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 import pandas as pd
 import torch
@@ -21,7 +21,7 @@ from trainables.chat_data import HubDataset, Message
 from trainables.config import Config, recipe_of
 from trainables.shapes import ModelShape, VectorShape
 
-PLACING = ("kind", "on", "data", "part", "samples", "seed", "rows_per_shard", "max_length")
+PLACING = ("kind", "on", "data", "part", "samples", "seed", "rows_per_shard", "max_length", "cells_per_shard")
 """Fields that say which rows of which model are read, and how they are dealt out. The recipe of a shard holds what
 comes of them."""
 
@@ -66,12 +66,10 @@ class Part:
     tensors: Mapping[str, torch.Tensor]
 
 
-class BaseMeasurement(Config):
-    """Base class of the measurements that a sweep file may name, one subclass per kind.
-
-    ``semantics`` is raised when a fix changes what the same config gives. ``tables``: what every shard makes;
-    ``merged_tables``: what the merge step makes of all shards, if there is one. ``has_tensors``: whether shards hand
-    tensors to the merge step.
+class AnyMeasurement(Config):
+    """What all kinds share. ``semantics`` is raised when a fix changes what the same config gives. ``tables``: what
+    every shard makes; ``merged_tables``: what the merge step makes of all shards, if there is one. ``has_tensors``:
+    whether shards hand tensors to the merge step.
     """
 
     semantics: ClassVar[int] = 1
@@ -81,6 +79,46 @@ class BaseMeasurement(Config):
 
     kind: str
     """Which kind of measurement."""
+
+    def identity(self) -> dict[str, Any]:
+        """Everything of the config that can change the numbers of a shard, with its names resolved."""
+        recipe = {name: value for name, value in recipe_of(self).items() if name not in PLACING}
+        return {"semantics": self.semantics} | recipe
+
+    def names(self, vectors: Mapping[str, str], banks: Mapping[tuple[str, ...], str]) -> dict[str, str]:
+        """What stands in stored tables -> what a reader calls it. The config is resolved; ``vectors`` is id -> name in
+        the sweep, ``banks`` the texts of a prompt bank -> its name."""
+        del banks
+        return dict(vectors)
+
+    def merge(self, measure_id: str, parts: Sequence[Part], vectors: Mapping[str, torch.Tensor]) -> Made:
+        """Make ``merged_tables`` of all shards, in order."""
+        raise NotImplementedError
+
+
+class Study(AnyMeasurement):
+    """Base class of the kinds that read no model: they compute the cells of a grid of their own, numbered from 0, which
+    are dealt out in shards like rows of data."""
+
+    cells_per_shard: int = Field(default=10, ge=1)
+    """Cells that one process computes at a time; a shard is the least that is lost when a process dies."""
+
+    def num_cells(self) -> int:
+        """How many there are."""
+        raise NotImplementedError
+
+    def smoke(self) -> Self:
+        """The same with as few cells as show that it works."""
+        return self
+
+    def compute(self, measure_id: str, cells: Sequence[int], progress: Callable[[int, int], None]) -> Made:
+        """Compute one shard. Rows carry ``measure_id``."""
+        raise NotImplementedError
+
+
+class BaseMeasurement(AnyMeasurement):
+    """Base class of the measurements that read a model on rows of data, one subclass per kind."""
+
     on: Literal["base", "runs", "both"] | tuple[RunLabel, ...] = "base"
     """Which models are measured: the untrained ``base``, all ``runs``, ``both``, or a list of labels of runs."""
     data: Annotated[str | HubDataset | None, NamesData()] = None
@@ -110,21 +148,6 @@ class BaseMeasurement(Config):
         del model
         return 1
 
-    def identity(self) -> dict[str, Any]:
-        """Everything of the config that can change the numbers of a shard, with its names resolved."""
-        recipe = {name: value for name, value in recipe_of(self).items() if name not in PLACING}
-        return {"semantics": self.semantics} | recipe
-
-    def names(self, vectors: Mapping[str, str], banks: Mapping[tuple[str, ...], str]) -> dict[str, str]:
-        """What stands in stored tables -> what a reader calls it. The config is resolved; ``vectors`` is id -> name in
-        the sweep, ``banks`` the texts of a prompt bank -> its name."""
-        del banks
-        return dict(vectors)
-
     def measure(self, shard: Shard) -> Made:
         """Measure one shard. The config is resolved. Rows carry ``shard.measure_id``."""
-        raise NotImplementedError
-
-    def merge(self, measure_id: str, parts: Sequence[Part], vectors: Mapping[str, torch.Tensor]) -> Made:
-        """Make ``merged_tables`` of all shards, in order."""
         raise NotImplementedError

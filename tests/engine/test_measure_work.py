@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import textwrap
 from pathlib import Path
 from typing import get_args
 
@@ -17,7 +18,7 @@ from analysis.figure_style import Drawn
 from analysis.foretold import foretold, how_it_held, ranking, runs_of
 from analysis.manifest import vector_key
 from analysis.measured_rows import GradientRow, PredictionRow
-from analysis.measurements import MeasurementConfig
+from analysis.measurements import STUDIES, MeasurementConfig
 from analysis.measurements.prediction import OWN_ANSWERS
 from analysis.report import write_report
 from analysis.results import Results, load
@@ -27,14 +28,15 @@ from analysis.tables import table_key
 from engine.collect import find_garbage
 from engine.look import status_view
 from engine.predict_view import predict_view
-from engine.prepare import Prepared
+from engine.prepare import Prepared, prepare
 from engine.run import write_sweep
 from engine.store import Store
 from engine.tasks import MeasureJob
 from engine.work import SweepWork
 from tests.engine.finished import write_finished
 from tests.engine.test_measure_tasks import BEFORE
-from tests.engine.tiny_prepare import TinySweep, tiny_model_folder
+from tests.engine.tiny_prepare import MACHINE, TinySweep, tiny_model_folder
+from trainables.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +230,7 @@ def test_every_kind_is_measured_and_shown(sweep: TinySweep, tmp_path: Path) -> N
     sweep.raw["measure"] = {"before": dict(BEFORE)}
     assert {entry.kind for entry in prepared.manifest.measurements} == {
         *(str(kind.model_fields["kind"].default) for kind in get_args(get_args(MeasurementConfig)[0]))
-    } - {"prediction"}
+    } - {"prediction"} - STUDIES
     store = do_all(prepared, tmp_path / "store")
     results = load(tmp_path / "store" / "sweeps" / "tiny")
     assert set(results.measurements()["status"]) == {"done"}
@@ -416,3 +418,35 @@ def test_nothing_that_a_measurement_names_is_collected(done: Results, tmp_path: 
         [table_key(table, shard) for table in ("gradients", "losses") for shard in shards]
         + [vector_key(vector) for vector in done.manifest.vectors.values()]
     )
+
+
+def test_a_study_needs_no_base_and_ends_in_its_merged_tables(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    text = """
+        name: study
+        results: {results}
+        measure:
+          axes: {{kind: axis_synthetic, noise: [0.1, 1.0], num_rows: [20], seeds: 3, dimension: 8, cells_per_shard: 4}}
+    """
+    file.write_text(textwrap.dedent(text.format(results=tmp_path / "store")), encoding="utf-8")
+    prepared = prepare(file, [], MACHINE)
+    assert [job.label for job in prepared.jobs.values()] == ["axes 1/2", "axes 2/2", "axes of synthetic"]
+    results = load(do_all(prepared, tmp_path / "store").path("sweeps/study/manifest.json").parent)
+    assert list(results.measurements()["status"]) == ["done"]
+    assert len(results.table("axis_alignments")) == 2 * 3 * 4
+    assert set(results.table("axis_summary")["num_seeds"]) == {3}
+    assert "Alignment with the known axis over noise" in write_report(results, tmp_path / "report").read_text()
+    smoke = prepare(file, [], MACHINE, smoke=True)
+    assert smoke.measure_costs["axes", "synthetic"].num_shards == 1
+
+
+def test_a_study_says_what_is_wrong_with_it(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "name: study\nmeasure:\n  axes: {kind: axis_synthetic, noise: [-1], num_rows: [1], on: runs, separation: 0}\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(ConfigError) as raised:
+        prepare(file, [], MACHINE)
+    keys = {fault.key for fault in raised.value.faults}
+    assert keys == {f"measure.axes.{key}" for key in ("noise[0]", "num_rows[0]", "on", "separation")}

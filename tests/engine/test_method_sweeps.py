@@ -23,6 +23,7 @@ FROZEN = ("epochs", "batch_size", "micro_batch_size", "learning_rate", "schedule
         ("lora_rank", 4 * 4, None),
         ("penalties", 1 + 6 + 3 + 1 + 2 + 1, "block bridge"),
         ("pre_post", 2 + 4 + 4 + 8, "pps bridge L20 x1.5 after heavy train=medium"),
+        ("capping", (5 + 1 + 1) * 6, None),
     ],
 )
 def test_the_file_is_sound(name: str, num_runs: int, some: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,3 +41,14 @@ def test_the_file_is_sound(name: str, num_runs: int, some: str | None, monkeypat
     undefended = {entry.run_id for entry in quickstart.manifest.runs if entry.label == "none"}
     shares_data = name != "pre_post"
     assert bool(undefended & {entry.run_id for entry in runs}) is shares_data, "with the quickstart: not trained twice"
+
+
+def test_the_sweeps_of_axes_and_capping_are_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.row_proofs, "load_tokenizer", lambda _: tiny_tokenizer())
+    study = prepare(SWEEPS / "axis_synthetic.yaml", [], MACHINE)
+    assert sum(cost.num_shards for cost in study.measure_costs.values()) == 7 * 5 * 20 / 10
+    combined = prepare(SWEEPS / "combined_strategies.yaml", [], MACHINE)
+    runs = [entry for entry in combined.manifest.runs if entry.kind == "run"]
+    assert len(runs) == 5 * 4 * 2 + 5 * 2
+    assert len({entry.run_id for entry in runs}) == 5
+    assert {len(entry.judge_ids) for entry in runs} == {2, 3}  # the questions with known answers have one more

@@ -16,7 +16,7 @@ import engine.tasks
 from analysis.vectors import VectorKind
 from engine.machine import Machine
 from engine.prepare import prepare
-from engine.tasks import MeasureJob, MergeJob, RunJob, TrainTask, VectorJob, task_id
+from engine.tasks import MeasureJob, MergeJob, RunJob, StudyJob, TrainTask, VectorJob, task_id
 from tests.engine.tiny_prepare import MACHINE, TinySweep, changed, entries, ids, tiny_model_folder
 from tests.tiny import tiny_tokenizer
 from trainables.defenses import Inoculation, Pps
@@ -293,7 +293,7 @@ class TestJobs:
 
     def test_nothing_in_them_has_a_path_but_the_source_of_the_base(self, sweep: TinySweep) -> None:
         for job in sweep.prepare().jobs.values():
-            assert not isinstance(job, MergeJob), "it has no base"
+            assert not isinstance(job, MergeJob | StudyJob), "it has no base"
             text = job.model_dump_json().replace(json.dumps(job.base.source), "null")
             assert str(sweep.folder) not in text.replace(json.dumps("data/train.jsonl"), "null")
 

@@ -77,7 +77,7 @@ def test_a_resumed_training_gives_the_same_signals_and_adapter(tmp_path: Any) ->
 def test_watching_changes_nothing_and_says_what_a_loop_by_hand_says() -> None:
     base = base_of(float64_model(num_layers=LAYERS))
     plain = train(base, spec(**FIRST_STEP))[1][0]
-    watch = WatchConfig(vectors=("v", "w"), layers=(1, 3))
+    watch = WatchConfig(vectors=("v", "w"), layers=(1, 3), centers=("mu",))
     _, (sink,) = train(base, spec(vectors=VECTORS, watch=watch, micro_batch_size=2, **FIRST_STEP))
     _, (alone,) = train(base, spec(micro_batch_size=2, **FIRST_STEP))
     assert sink.files["adapter_model.safetensors"] == alone.files["adapter_model.safetensors"]
@@ -85,6 +85,7 @@ def test_watching_changes_nothing_and_says_what_a_loop_by_hand_says() -> None:
     encoder = ChatEncoder(base.tokenizer, 96, "responses")
     cosines: list[torch.Tensor] = []
     projections: list[torch.Tensor] = []
+    hidden: list[torch.Tensor] = []
     for row in ROWS:  # B is 0 at the first step: the adapted model is the base
         part = pad([encoder.encode(row, prove=True)], 0)
         wanted = part.loss_mask_bt[:, 1:]
@@ -97,10 +98,13 @@ def test_watching_changes_nothing_and_says_what_a_loop_by_hand_says() -> None:
         passes = both_passes(base.fresh().requires_grad_(True), part.input_ids_bt, loss)
         g = passes.arriving[3][0][part.response_mask_bt[0]]
         cosines.append((g @ unit("w", 3) / g.norm(dim=1))[g.norm(dim=1) > 0])
-        projections.append(passes.stream[3][0][part.response_mask_bt[0]] @ unit("w", 3))
+        hidden.append(passes.stream[3][0][part.response_mask_bt[0]].detach())
+        projections.append(hidden[-1] @ unit("w", 3))
     base.model.requires_grad_(False)
     shown = {(row.signal, row.layer, row.name): row.value for row in sink.signals}
-    assert len(shown) == len(sink.signals) == 8
+    assert len(shown) == len(sink.signals) == 10
+    cosine = torch.nn.functional.cosine_similarity(torch.cat(hidden).mean(0), VECTORS["mu"][3].double(), dim=0)
+    assert shown["drift", 3, "mu"] == pytest.approx(1 - float(cosine), abs=1e-5)  # float32
     assert shown["gradient_cosine", 3, "w"] == pytest.approx(float(torch.cat(cosines).mean()), abs=1e-5)  # float32
     assert shown["activation_projection", 3, "w"] == pytest.approx(float(torch.cat(projections).mean()), rel=1e-5)
 
