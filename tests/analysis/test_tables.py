@@ -13,6 +13,9 @@ import pytest
 
 from analysis.measured_rows import (
     ActivationChangeRow,
+    AxisAlignmentRow,
+    AxisSummaryRow,
+    AxisTestRow,
     ComponentRow,
     ComponentScoreRow,
     GradientRow,
@@ -85,6 +88,9 @@ ROWS: dict[str, Any] = {
     "predictions": example(PredictionRow),
     "weight_profiles": example(WeightProfileRow),
     "weight_sizes": example(WeightSizeRow),
+    "axis_alignments": example(AxisAlignmentRow),
+    "axis_summary": example(AxisSummaryRow),
+    "axis_tests": example(AxisTestRow),
 }
 
 
@@ -119,7 +125,7 @@ def test_types_nulls_units_and_meanings_come_from_the_row_class() -> None:
 
 def test_every_column_of_every_table_is_described() -> None:
     columns = describe()
-    assert {column.table for column in columns} == {*TABLES, "runs", "agreement", "extractions"}
+    assert {column.table for column in columns} == {*TABLES, "runs", "agreement", "extractions", "capping"}
     assert all(column.meaning for column in columns)
     (column,) = [column for column in columns if (column.table, column.name) == ("losses", "loss_mean")]
     assert (column.type, column.unit, column.nullable) == (float, "nats/token", False)
