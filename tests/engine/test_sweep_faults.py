@@ -54,7 +54,7 @@ class TestUnknownKeys:
                 "did you mean patterns? allowed: judge, trait, patterns",
             ),
             ("execution.trial=1", "execution.trial", "did you mean trials?"),
-            ("runs.1.defnse=1", "runs[1].defnse", "did you mean defense? allowed: base, data, defense, training"),
+            ("runs.1.defnse=1", "runs[1].defnse", "did you mean defense? allowed: base, data, defense, start_from"),
             ("runs.1.defense.layr=1", "runs[1].defense.layr", "did you mean layer? allowed: kind, vector, layer"),
             ("runs.1.training.epoch=1", "runs[1].training.epoch", "did you mean epochs?"),
             ("vectors.random.sede=1", "vectors.random.sede", "did you mean seed? allowed: random_like, seed"),
