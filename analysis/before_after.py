@@ -15,7 +15,7 @@ from analysis.figure_style import Drawn, Width
 from analysis.figures import Panel
 from analysis.manifest import DEGENERATION, RunEntry
 from analysis.panels import matrix
-from analysis.report_measurements import WIDTHS, Block
+from analysis.report_blocks import WIDTHS, Block
 
 NOTHING = "nothing"
 BASE = "the base"
