@@ -247,7 +247,7 @@ def test_every_kind_is_measured_and_shown(sweep: TinySweep, tmp_path: Path) -> N
     assert (tokens["num_tokens"] > tokens["num_tokens_of_response"]).all(), "shared positions begin before the response"
     page = write_report(results, tmp_path / "report").read_text()
     for title in (
-        "Gradient under topic all layers against that under inoculation topic",
+        "Gradients under steering against that under inoculation topic",
         "The vectors that steer beside the others",
         "What the directions are, layer 3",
         "One gradient step with and without a defense, along topic",
