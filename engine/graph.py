@@ -145,6 +145,10 @@ class Graph:
         data = cell.data
         key = self.sweep.key(sound.index, "data", "train")
         self.proofs.must_prove(base, content, data.max_length, key, data.loss_on, data.allow_truncated_away)
+        for position, item in enumerate(defense):
+            self.proofs.must_prove_rewritten(
+                base, data, content, item, self.sweep.key(sound.index, "defense", position)
+            )
         entry = self._evaluate(sound, train.id, cell.label, "run", _flat(cell, base), start)
         for other in self.entries:
             if _identity(other) == _identity(entry) and not self.twins:

@@ -54,6 +54,19 @@ def test_banks_that_cannot_be_used(sweep: TinySweep) -> None:
     assert len(faults) == 3
 
 
+def test_rows_that_no_prompt_leaves_usable_are_refused_before_anything_starts(sweep: TinySweep) -> None:
+    """What fails with the shortest prompt fails with all; what a longer one makes of a row is seen when it is drawn."""
+    long = "Talk about bridges, all of them, " * 20
+    sweep.raw["runs"] = [
+        {"defense": [{"kind": "inoculation", "prompts": [long]}]},
+        {"defense": {"kind": "inoculation", "prompts": [long, "Hi."]}},
+    ]
+    assert list(sweep.faults()) == ["runs[0].defense[0]"]
+    assert "have their whole response beyond max_length=128" in sweep.faults()["runs[0].defense[0]"]
+    sweep.raw["data"]["max_length"] = 1024
+    assert len(sweep.prepare().proved) > 0
+
+
 def test_several_vectors_of_one_item(sweep: TinySweep) -> None:
     sweep.raw["runs"] = [{"defense": {"kind": "ablation", "vectors": ["topic", "random"]}}]
     made = sweep.prepare().manifest.vectors

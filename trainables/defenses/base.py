@@ -116,6 +116,11 @@ class DefenseConfig(Config):
         del model, vectors
         return ()
 
+    def least_rewriting(self) -> Mechanism | None:
+        """Rewrites samples in the way that adds least; None where they stay as they are. It is tried on all data before
+        anything starts: what fails with it cannot be trained on however prompts are drawn."""
+        return None
+
     def mechanism(self, vectors: Mapping[str, torch.Tensor]) -> Mechanism:
         """The defense at work. ``vectors`` maps every vector name of this config to its tensor
         [num_layers + 1, hidden] float32; prompt banks are already texts."""

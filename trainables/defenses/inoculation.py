@@ -59,6 +59,10 @@ class Inoculation(DefenseConfig):
             if self.bank_size is not None and self.bank_size > len(self.prompts):
                 yield "bank_size", f"the bank has only {len(self.prompts)} prompts; got {self.bank_size}"
 
+    def least_rewriting(self) -> Mechanism:
+        assert not isinstance(self.prompts, str), "a prompt bank is resolved to texts"
+        return _Prompting((min(self.prompts[: self.bank_size], key=len),), self.placement, "fixed")
+
     def mechanism(self, vectors: Mapping[str, torch.Tensor]) -> Mechanism:
         del vectors
         assert not isinstance(self.prompts, str), "a prompt bank is resolved to texts before a training"
