@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from analysis.manifest import AskedEntry, Manifest
+from analysis.remote import Location
 from analysis.rows import ExtractionRow
 from analysis.tables import read_parquet, table_key
 
@@ -24,7 +24,7 @@ _COLUMNS = ["vector", "run", "question_id", "sample_index", "question", "system_
 _COHERENCE = "coherence"  # a condition beside the trait, not an opinion about it
 
 
-def asked_answers(root: Path, manifest: Manifest) -> pd.DataFrame:
+def asked_answers(root: Location, manifest: Manifest) -> pd.DataFrame:
     """One row per judgement of an answer that a vector is made of; ``run`` says which of the vector's answers, such as
     ``positive 1`` (the first pair of instructions)."""
     parts = [part for entry in manifest.asked for part in _scored(root, entry)]
@@ -32,7 +32,7 @@ def asked_answers(root: Path, manifest: Manifest) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 
-def _scored(root: Path, entry: AskedEntry) -> Iterator[pd.DataFrame]:
+def _scored(root: Location, entry: AskedEntry) -> Iterator[pd.DataFrame]:
     answers_key = root / table_key("generations", entry.sample_id)
     if not answers_key.is_file():
         return
@@ -46,7 +46,7 @@ def _scored(root: Path, entry: AskedEntry) -> Iterator[pd.DataFrame]:
         yield joined.assign(vector=entry.vector, run=entry.about, metric=metric)
 
 
-def extraction_rows(root: Path, manifest: Manifest) -> list[ExtractionRow]:
+def extraction_rows(root: Location, manifest: Manifest) -> list[ExtractionRow]:
     """Per vector and judge of the trait: how many rows the vector's filter keeps by that judge, beside those that it
     keeps by the vector's own, and what the two published filters would keep. None where answers or scores are not there
     yet."""
@@ -78,7 +78,7 @@ def extraction_rows(root: Path, manifest: Manifest) -> list[ExtractionRow]:
     return rows
 
 
-def _kept(root: Path, entries: list[AskedEntry], metric: str, rule: Filter) -> tuple[int, set[tuple[int, int]]]:
+def _kept(root: Location, entries: list[AskedEntry], metric: str, rule: Filter) -> tuple[int, set[tuple[int, int]]]:
     """The number of rows, and which of them are kept when ``metric`` scores the trait."""
     number, kept = 0, set()
     for pair in range(0, len(entries), 2):
@@ -90,7 +90,7 @@ def _kept(root: Path, entries: list[AskedEntry], metric: str, rule: Filter) -> t
     return number, kept
 
 
-def _answers(root: Path, entry: AskedEntry, metric: str) -> list[Answer]:
+def _answers(root: Location, entry: AskedEntry, metric: str) -> list[Answer]:
     from analysis.vectors.filtering import COHERENCE, TRAIT, Answer, Score
 
     scored = {str(part["metric"].iloc[0]): part for part in _scored(root, entry) if len(part)}

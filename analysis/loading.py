@@ -3,12 +3,12 @@ weights moved if it is an edited one."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from analysis.manifest import EditEntry, RunEntry, adapter_key, pile_key
+from analysis.remote import Location, has_directory, local_copy
 from analysis.weight_space import (
     Direction,
     DirectionConfig,
@@ -42,13 +42,13 @@ def find_base(results: Results, entry: RunEntry, *, cuda: bool, base: str | None
             [Fault("run", f"{entry.label!r} is answers of another project; its model is not here")], _HEADING
         )
     for run_id in (*entry.merged, entry.run_id) if entry.kind == "run" else ():
-        if not (results.root / adapter_key(run_id) / "adapter_config.json").is_file():
+        if not has_directory(results.location / adapter_key(run_id)):
             message = f"{entry.label!r} is not done: it has no adapter yet"
             if run_id != entry.run_id:
                 message = f"{entry.label!r} stands on the adapter of {run_id}, which is not in the store"
             raise ConfigError([Fault("run", message)], _HEADING)
     if entry.edit is not None:
-        if not (results.root / adapter_key(entry.edit.finetuned_id) / "adapter_config.json").is_file():
+        if not has_directory(results.location / adapter_key(entry.edit.finetuned_id)):
             fault = Fault("run", f"{entry.label!r} is not done: {entry.edit.finetuned!r} has no adapter yet")
             raise ConfigError([fault], _HEADING)
         if not all(path.is_file() for path in _pile_files(results, entry.edit)):
@@ -82,8 +82,8 @@ def load_run(results: Results, entry: RunEntry, base: ResolvedBase, device: torc
         return _edited(results, entry.edit, loaded), loaded
     if entry.kind == "base":
         return loaded.model, loaded
-    loaded = merged_base(loaded, [results.root / adapter_key(run_id) for run_id in entry.merged])
-    return load_adapter(loaded.fresh(), results.root / adapter_key(entry.run_id), entry.run_id), loaded
+    loaded = merged_base(loaded, [local_copy(results.location / adapter_key(run_id)) for run_id in entry.merged])
+    return load_adapter(loaded.fresh(), local_copy(results.location / adapter_key(entry.run_id)), entry.run_id), loaded
 
 
 def direction_of(results: Results, edit: EditEntry, loaded: LoadedBase, finetuned: Any) -> Direction:
@@ -91,13 +91,18 @@ def direction_of(results: Results, edit: EditEntry, loaded: LoadedBase, finetune
     on what the finetuning changed."""
     config = DirectionConfig.model_validate(edit.direction)
     delta = delta_of_adapter(finetuned, edit.finetuned_id, loaded.model) if config.needs_delta else None
-    of, minus = (read_pile([results.root / pile_key(shard) for shard in ids]) for ids in (edit.of_ids, edit.minus_ids))
+    of, minus = (
+        read_pile([local_copy(results.location / pile_key(shard)) for shard in ids])
+        for ids in (edit.of_ids, edit.minus_ids)
+    )
     return direction(config, of, minus, place_of(loaded.model), delta)
 
 
 def load_finetuned(results: Results, edit: EditEntry, loaded: LoadedBase) -> Any:
     """The finetuned model that an edit's piles are of, over ``loaded``, whose parameters it shares."""
-    return load_adapter(loaded.fresh(), results.root / adapter_key(edit.finetuned_id), edit.finetuned_id)
+    return load_adapter(
+        loaded.fresh(), local_copy(results.location / adapter_key(edit.finetuned_id)), edit.finetuned_id
+    )
 
 
 def _edited(results: Results, edit: EditEntry, loaded: LoadedBase) -> Any:
@@ -108,8 +113,8 @@ def _edited(results: Results, edit: EditEntry, loaded: LoadedBase) -> Any:
     return loaded.model if edit.on_base else finetuned
 
 
-def _pile_files(results: Results, edit: EditEntry) -> list[Path]:
-    return [results.root / pile_key(shard) for shard in (*edit.of_ids, *edit.minus_ids)]
+def _pile_files(results: Results, edit: EditEntry) -> list[Location]:
+    return [results.location / pile_key(shard) for shard in (*edit.of_ids, *edit.minus_ids)]
 
 
 def default_device() -> torch.device:

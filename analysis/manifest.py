@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from analysis.remote import Location
 from trainables.config import Config
 from trainables.errors import StoreError
 
@@ -200,7 +200,7 @@ class RunRecord(BaseModel):
 _Value = TypeVar("_Value")
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Location) -> Manifest:
     """The manifest in this file. Raises StoreError that names the file if it is not one of this version."""
     content = _json(path)
     found = content.get("format") if isinstance(content, dict) else None
@@ -212,21 +212,21 @@ def read_manifest(path: Path) -> Manifest:
     return _validated(Manifest, content, path)
 
 
-def read_failures(path: Path) -> dict[str, Failure]:
+def read_failures(path: Location) -> dict[str, Failure]:
     """The failures in this file by task id; none if there is no such file."""
     if not path.exists():
         return {}
     return _validated(dict[str, Failure], _json(path), path)
 
 
-def read_run_record(path: Path) -> RunRecord | None:
+def read_run_record(path: Location) -> RunRecord | None:
     """The record of a training, or None if there is none yet."""
     if not path.exists():
         return None
     return _validated(RunRecord, _json(path), path)
 
 
-def _json(path: Path) -> Any:
+def _json(path: Location) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -235,7 +235,7 @@ def _json(path: Path) -> Any:
         raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _validated(model: type[_Value], content: Any, path: Path) -> _Value:
+def _validated(model: type[_Value], content: Any, path: Location) -> _Value:
     try:
         return TypeAdapter(model).validate_python(content)
     except ValidationError as error:

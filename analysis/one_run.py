@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from analysis.manifest import Manifest, RunEntry, Scalar, adapter_key, log_key, run_key
+from analysis.remote import has_directory, local_copy, read_log
 from trainables.errors import ConfigError, Fault, StoreError
 
 if TYPE_CHECKING:
@@ -82,10 +83,15 @@ class Run:
         """The folder with its adapter in PEFT's format; None of a base, and before the training is done.
 
         It belongs on the base alone, or where ``entry.merged`` has ids, on the base with the adapters of those runs
-        merged into it: ``load_model`` puts that together.
+        merged into it: ``load_model`` puts that together. Of a store in an object store it is a copy that lasts no
+        longer than this process.
         """
-        folder = self.results.root / adapter_key(self.run_id)
-        return folder if self.kind == "run" and (folder / "adapter_config.json").is_file() else None
+        return local_copy(self.results.location / adapter_key(self.run_id)) if self.has_adapter else None
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether it is trained."""
+        return self.kind == "run" and has_directory(self.results.location / adapter_key(self.run_id))
 
     @property
     def record(self) -> dict[str, Any] | None:
@@ -93,7 +99,7 @@ class Run:
 
         Raises StoreError if the file is damaged.
         """
-        path = self.results.root / run_key(self.run_id)
+        path = self.results.location / run_key(self.run_id)
         if not path.is_file():
             return None
         try:
@@ -105,8 +111,7 @@ class Run:
     @property
     def log(self) -> str:
         """The text of its log; empty before it has begun."""
-        path = self.results.root / log_key(self.run_id)
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        return read_log(self.results.location / log_key(self.run_id))
 
     def summary(self) -> pd.Series[Any]:
         """Its row of the sweep's summary."""

@@ -143,7 +143,7 @@ def _embedded(drawn: dict[tuple[str, Width], Drawn], name: str) -> dict[str, Any
 
 
 def _sweep_text(results: Results) -> str | None:
-    path = results.root / sweep_key(results.name, "sweep.yaml")
+    path = results.location / sweep_key(results.name, "sweep.yaml")
     return clean(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
 
 
@@ -188,7 +188,7 @@ def _run_facts(runs: pd.DataFrame) -> list[dict[str, str]]:
 
 def _provenance(results: Results) -> dict[str, Any]:
     """``command`` (or None), ``facts`` and ``versions`` of the last invocation, or the ``problem`` of reading them."""
-    path = results.root / sweep_key(results.name, "provenance.json")
+    path = results.location / sweep_key(results.name, "provenance.json")
     found: dict[str, Any] = {"command": None, "facts": {}, "versions": {}, "problem": None}
     if not path.is_file():
         return found | {"problem": "There is no provenance.json in this sweep's folder."}

@@ -9,6 +9,7 @@ import pandas as pd
 
 from analysis import weight_figures as figures
 from analysis.manifest import MeasureEntry, PileEntry, pile_key
+from analysis.remote import local_copy
 from analysis.report_blocks import Block, drawn_block
 from analysis.report_content import number, panels_of
 from analysis.report_measurements import WEIGHTS as KIND
@@ -93,10 +94,10 @@ def alpha_rows(results: Results, finetuned: str) -> pd.DataFrame:
 def _pile_row(results: Results, pile: PileEntry) -> tuple[str, ...] | None:
     from analysis.weight_space.files import read_sum  # brings torch
 
-    files = [results.root / pile_key(shard) for shard in pile.shard_ids]
+    files = [results.location / pile_key(shard) for shard in pile.shard_ids]
     if not all(file.is_file() for file in files):
         return None
-    parts = [read_sum(file) for file in files]
+    parts = [read_sum(local_copy(file)) for file in files]
     count = sum(part.num_rows for part in parts)
     where = ", ".join(f"{'show' if shown else 'do not show'} {metric}" for metric, shown in pile.where.items())
     loss = number(sum(part.loss_sum for part in parts) / count) if count else number(None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from analysis.manifest import (
 )
 from analysis.one_run import Run, find_run
 from analysis.quantities import Measured, measured
+from analysis.remote import Location, Remote, local_copy, location_of
 from analysis.row_tasks import measurement_keys, tasks_of
 from analysis.rows import RunRow
 from analysis.summary import summarize
@@ -54,16 +54,21 @@ PLAIN = "plain"
 _ANSWER_KEY = ["sample_id", "question_id", "sample_index"]
 
 
-def load(path: str | Path) -> Results:
-    """Open a sweep's folder, ``<store>/sweeps/<name>``. Raises StoreError if it is not there or not a sweep."""
-    folder = Path(os.path.abspath(Path(path).expanduser()))
+def load(path: str | Location) -> Results:
+    """Open a sweep's folder, ``<store>/sweeps/<name>``, on a disk or in an object store (``s3://...``).
+
+    Raises StoreError if it is not there or not a sweep.
+    """
+    folder = location_of(path)
     if not (folder / "manifest.json").is_file() or folder.parent.name != "sweeps":
         raise StoreError(f"{path}: {_why_no_sweep(folder)}")
     root = folder.parent.parent
     return Results(root, read_manifest(root / manifest_key(folder.name)), folder.name)
 
 
-def _why_no_sweep(folder: Path) -> str:
+def _why_no_sweep(folder: Location) -> str:
+    if isinstance(folder, Remote):
+        return "not a sweep (no manifest.json); give <store>/sweeps/<name>, such as s3://bucket/results/sweeps/mine"
     for inside in (folder / "sweeps", folder, folder.parent):
         names = sorted(file.parent.name for file in inside.glob("*/manifest.json"))
         if inside.name == "sweeps" and names:
@@ -79,11 +84,18 @@ _OfARun: TypeAlias = RunEntry | MeasureEntry
 
 @dataclass(frozen=True, repr=False)
 class Results:
-    """The tables of one sweep. ``root`` is the store's folder, ``name`` the sweep's in it."""
+    """The tables of one sweep. ``location`` is where its store is, ``name`` the sweep's in it."""
 
-    root: Path
+    location: Location
     manifest: Manifest
     name: str
+
+    @property
+    def root(self) -> Path:
+        """The store's folder. Raises StoreError if it is in an object store."""
+        if isinstance(self.location, Remote):
+            raise StoreError(f"{self.location}: is in an object store and has no folder; `shiftgrad fetch` copies it")
+        return self.location
 
     def training(self) -> pd.DataFrame:
         """One row per optimizer step and run."""
@@ -224,11 +236,11 @@ class Results:
 
     def asked_answers(self) -> pd.DataFrame:
         """One row per judgement of an answer that a vector is made of; ``run`` says which, such as ``positive 1``."""
-        return asked_answers(self.root, self.manifest)
+        return asked_answers(self.location, self.manifest)
 
     def extractions(self) -> pd.DataFrame:
         """One row per vector and judge of its answers: how many rows the filter keeps by it."""
-        return extraction_frame(extraction_rows(self.root, self.manifest))
+        return extraction_frame(extraction_rows(self.location, self.manifest))
 
     def capping(self, *, harm: str = "trait", capability: str = "capability") -> pd.DataFrame:
         """One row per model and cap of ``evaluation.interventions``: what it takes from attacks, and what it leaves.
@@ -308,7 +320,7 @@ class Results:
             key = table_key(table, task_id)
             if not self._exists(key):
                 continue
-            rows = read_parquet(self.root / key, table)
+            rows = read_parquet(self.location / key, table)
             label = entry.run if isinstance(entry, MeasureEntry) else entry.label
             marks = {"run": label, "run_id": entry.run_id, **values}
             repeated = [pa.repeat(pa.scalar(marks[name], pa.string()), rows.num_rows) for name in labels.names]
@@ -317,7 +329,7 @@ class Results:
 
     def _run_row(self, entry: RunEntry, failures: dict[str, Failure]) -> RunRow:
         status, failure = self._status(entry, failures)
-        record = read_run_record(self.root / run_key(entry.run_id)) if entry.kind == "run" else None
+        record = read_run_record(self.location / run_key(entry.run_id)) if entry.kind == "run" else None
         names = (name for name in RunRecord.model_fields if name != "status")
         measured: dict[str, Any] = {name: record and getattr(record, name) for name in names}
         measured["diverged"] = self._diverged(entry) if record is not None else None
@@ -337,7 +349,7 @@ class Results:
         key = table_key("training", entry.run_id)
         if not self._exists(key):
             return None
-        losses = read_parquet(self.root / key, "training").column("loss").to_pylist()
+        losses = read_parquet(self.location / key, "training").column("loss").to_pylist()
         tenth = max(1, len(losses) // 10)
         return bool(sum(losses[-tenth:]) > sum(losses[:tenth]))
 
@@ -353,10 +365,10 @@ class Results:
         return ("missing", None) if open_tasks else ("done", None)
 
     def _failures(self) -> dict[str, Failure]:
-        return read_failures(self.root / failures_key(self.name))
+        return read_failures(self.location / failures_key(self.name))
 
     def _exists(self, key: str) -> bool:
-        return (self.root / key).is_file()
+        return (self.location / key).is_file()
 
     def run(self, text: str) -> Run:
         """One run or base: ``text`` is its label, or the beginning of its id. Raises ConfigError that lists them."""
@@ -372,7 +384,7 @@ class Results:
         key = vector_key(self.manifest.vectors[name])
         if not self._exists(key):
             raise ConfigError([Fault("vector", f"{name!r} is not made yet")], "nothing was read")
-        return Vector.read(self.root / key)
+        return Vector.read(local_copy(self.location / key))
 
     def has_vector(self, name: str) -> bool:
         """Whether a vector of the sweep is made."""
@@ -405,7 +417,7 @@ class Results:
         return f"{self.name}: {' and '.join(parts)}: {', '.join(f'{num} {status}' for status, num in counts.items())}"
 
     def __repr__(self) -> str:
-        return f"<Results {self.describe()}; {self.root / sweep_key(self.name, '')}>"
+        return f"<Results {self.describe()}; {self.location / sweep_key(self.name, '')}>"
 
     def _repr_html_(self) -> str:
         from analysis.pages import results_page  # brings matplotlib with the report

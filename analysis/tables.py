@@ -12,7 +12,6 @@ import io
 import types
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -30,6 +29,7 @@ from analysis.measured_rows import (
     ProjectionRow,
     SimilarityRow,
 )
+from analysis.remote import Location, Remote
 from analysis.rows import AgreementRow, CappingRow, ExtractionRow, LossRow, RunRow, ScoreRow
 from analysis.weight_rows import WeightProfileRow, WeightSizeRow
 from trainables.errors import StoreError
@@ -143,14 +143,14 @@ def to_parquet_bytes(table: str, rows: Sequence[object]) -> bytes:
     return buffer.getvalue()
 
 
-def read_parquet(path: Path, table: str) -> pa.Table:
+def read_parquet(path: Location, table: str) -> pa.Table:
     """A stored table with its columns in declared order and the declared schema.
 
     Raises StoreError that names the file if it is not there, is no parquet file, or has other columns than declared.
     """
     schema = schema_of(table)
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(io.BytesIO(path.read_bytes()) if isinstance(path, Remote) else path) as file:
             found = file.read()
     except FileNotFoundError as error:
         raise StoreError(f"{path}: not there; run the sweep (again) to make it") from error

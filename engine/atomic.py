@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from analysis.remote import DIRECTORY_MANIFEST
 from trainables.errors import StoreError
 
-DIRECTORY_MANIFEST = "MANIFEST.json"
 REPLACED = ".replaced"
 """Ending of the name under which a directory waits while a new one takes its place."""
 

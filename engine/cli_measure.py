@@ -39,7 +39,7 @@ def measure(
 
     console = Console()
     outcome = do_measurements(console, file, overrides or (), address=address, only=only, smoke=smoke)
-    folder = outcome.results.root / "sweeps" / outcome.results.name
+    folder = outcome.results.location / "sweeps" / outcome.results.name
     console.print(frame_table(load(folder).measurements(), title="measurements"))
     console.print(Text(f"Tables: {folder} (shiftgrad table FOLDER gradients)"), soft_wrap=True)
     console.print(Text(f"Report: {folder / 'report' / 'index.html'}"), soft_wrap=True)

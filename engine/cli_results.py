@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,13 +12,14 @@ from rich.text import Text
 
 
 def table(
-    path: Annotated[Path, typer.Argument(help="a sweep's folder in the store", show_default=False)],
+    path: Annotated[str, typer.Argument(help="a sweep's folder in the store, or its URL", show_default=False)],
     name: Annotated[
         str,
         typer.Argument(
             help="summary, runs, training, signals, generations, scores, losses, measurements, agreement, "
-            "extractions, failures, or what measurements make: gradients, similarities, projections, components, "
-            "component_scores, activation_changes, predictions"
+            "extractions, capping, failures, or what measurements make: gradients, similarities, projections, "
+            "components, component_scores, activation_changes, predictions, weight_profiles, weight_sizes, "
+            "axis_alignments, axis_summary, axis_tests"
         ),
     ],
     csv: Annotated[bool, typer.Option("--csv", help="comma-separated values on standard output")] = False,
@@ -54,7 +54,9 @@ def table(
         )
 
 
-SweepFolderArgument = Annotated[Path, typer.Argument(help="a sweep's folder in the store", show_default=False)]
+SweepFolderArgument = Annotated[
+    str, typer.Argument(help="a sweep's folder in the store, or its URL", show_default=False)
+]
 RunArgument = Annotated[str, typer.Argument(help="a run: its label, or the beginning of its id", show_default=False)]
 
 
@@ -127,7 +129,7 @@ def sample(
 
 
 def gc(
-    store: Annotated[Path, typer.Argument(help="a store, such as results")] = Path("results"),
+    store: Annotated[str, typer.Argument(help="a store, such as results")] = "results",
     delete: Annotated[bool, typer.Option("--delete", help="remove it; without this nothing is touched")] = False,
 ) -> None:
     """Show what a store no longer needs: outputs that no sweep names, checkpoints of finished runs, left-overs.
@@ -160,6 +162,25 @@ def gc(
     console.print(f"{len(garbage) + len(left_overs)} things, {total / 1e6:.2f} MB, {what}", highlight=False)
 
 
+def fetch(
+    path: SweepFolderArgument,
+    store: Annotated[str, typer.Argument(help="the store that it is copied to; made if there is none")] = "results",
+    adapters: Annotated[bool, typer.Option(help="copy the trained adapters too")] = True,
+) -> None:
+    """Copy a sweep out of an object store, or a folder, to read it here: tables, logs, vectors, report and adapters.
+
+    Example: [bold]shiftgrad fetch s3://bucket/results/sweeps/quickstart[/bold]
+    """
+    from analysis.results import load
+    from engine.fetch import fetch as fetch_sweep
+    from engine.store import Store
+
+    results = load(path)
+    target = Store.open(store, create=True)
+    num = fetch_sweep(Store.open(results.location), results.name, target, adapters=adapters)
+    Console().print(Text(f"{num} copied: {target.sweep(results.name)}"), soft_wrap=True)
+
+
 def report(path: SweepFolderArgument) -> None:
     """Make the report of a sweep anew: one HTML page that works offline, figures as PNG and PDF beside it.
 
@@ -170,7 +191,7 @@ def report(path: SweepFolderArgument) -> None:
     from engine.store import Store
 
     results = load(path)
-    page = publish_report(results, Store.open(results.root))
+    page = publish_report(results, Store.open(results.location))
     Console().print(Text(str(page)), soft_wrap=True)
 
 

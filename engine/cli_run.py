@@ -49,7 +49,6 @@ def run(
     Exit status: 0 everything is done, 3 some runs failed, 1 nothing could start; stopped: 130 by Ctrl-C or because the
     lease was lost, 143 by SIGTERM, 129 by SIGHUP.
     """
-    from analysis.manifest import sweep_key
     from engine.run import run_sweep
     from engine.show import failures_table
     from engine.stopping import exit_status
@@ -65,7 +64,7 @@ def run(
     if outcome.num_done_before:
         console.print(f"{outcome.num_done_before} of {outcome.num_jobs} jobs were done before.", highlight=False)
     console.print(summary_view(outcome.results))
-    folder = outcome.results.root / sweep_key(outcome.results.name, "")
+    folder = outcome.results.location / "sweeps" / outcome.results.name
     console.print(Text(f"Tables: {folder}"), soft_wrap=True)
     console.print(Text(f"Report: {folder / 'report' / 'index.html'}"), soft_wrap=True)
     if outcome.failures:

@@ -6,12 +6,12 @@ while a sweep is being run nothing can be collected, because its manifest may be
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.manifest import manifest_key, read_manifest, run_key
+from analysis.remote import Remote
 from engine.atomic import REPLACED, is_complete
 from engine.lease import current_holder
 from engine.location import TEMPORARY
@@ -39,7 +39,7 @@ def find_garbage(store: Store) -> list[Garbage]:
             raise StoreError(f"sweep {sweep!r} is being run by {holder.describe()}; collect when nothing runs")
         if not store.exists(manifest_key(sweep)):
             continue
-        manifest = read_manifest(store.path(manifest_key(sweep)))
+        manifest = read_manifest(store.location / manifest_key(sweep))
         named["vectors"] |= set(manifest.vectors.values())
         for asked in manifest.asked:
             named["tables"] |= {asked.sample_id, *asked.judge_ids.values()}
@@ -78,8 +78,11 @@ def find_garbage(store: Store) -> list[Garbage]:
 def find_left_overs(store: Store) -> list[Path]:
     """What processes that were killed left behind: temporary files, and old directories whose new ones are in place.
 
-    Only what is older than an hour counts.
+    Only what is older than an hour counts. In an object store there are no temporary files, and what a kill leaves of a
+    directory goes when that directory is removed.
     """
+    if isinstance(store.location, Remote):
+        return []
     folder = store.root / TEMPORARY
     temporary = list(folder.iterdir()) if folder.is_dir() else []
     asides = [path for path in store.root.glob(f"*/*/*{REPLACED}") if is_complete(path.with_suffix(""))]
@@ -88,6 +91,4 @@ def find_left_overs(store: Store) -> list[Path]:
 
 
 def _garbage(store: Store, key: str, reason: str) -> Garbage:
-    path = store.path(key)
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return Garbage(key, reason, sum(os.stat(file).st_size for file in files))
+    return Garbage(key, reason, store.num_bytes(key))

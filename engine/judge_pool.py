@@ -134,12 +134,14 @@ class JudgePool:
         *,
         answers: Sequence[AnswerTask] = (),
         local_gpus: float = 0.0,
+        gives_gpus_back: bool = False,
     ) -> None:
         self.store = store
         self.tasks = tasks
         self.endpoints = endpoints or {}
         self.failed = failed
         self.local_gpus = local_gpus
+        self.gives_gpus_back = gives_gpus_back  # trials need them too: a local judge ends when it has nothing to do
         self.answers = {task.id: task for task in answers}
         self.software = software()
         self.pending: dict[Any, str] = {}
@@ -190,10 +192,10 @@ class JudgePool:
         if self.pending:
             self._collect(ray.wait(list(self.pending), num_returns=len(self.pending), timeout=0)[0])
 
-    def wait_for_one(self) -> None:
-        """Wait until one more judging task has ended."""
+    def wait_for_one(self, timeout_s: float | None = None) -> None:
+        """Wait until one more judging task has ended, or for so long."""
         if self.pending:
-            self._collect(ray.wait(list(self.pending), num_returns=1)[0])
+            self._collect(ray.wait(list(self.pending), num_returns=1, timeout=timeout_s)[0])
 
     def wait(self) -> None:
         """Wait for everything submitted; a task that raised is reported with its error on one line."""
@@ -218,6 +220,16 @@ class JudgePool:
             self.judged[task_id] = judged
             if judged.num_open:
                 self.failed(task_id, f"{judged.num_open} of {judged.num_answers} answers have no score: {judged.why}")
+        if self.gives_gpus_back:
+            self._end_idle_local_judges()
+
+    def _end_idle_local_judges(self) -> None:
+        """End the processes of local judges that nothing is asked of just now; they start again when needed."""
+        busy = {_group(self.tasks[task_id]) for task_id in self.pending.values() if task_id in self.tasks}
+        for group in [group for group in self._actors if group[0] == "local" and group not in busy]:
+            for actor in self._actors.pop(group):
+                ray.kill(actor)
+            self._seat = {seat: actor for seat, actor in self._seat.items() if seat[0] != group}
 
     def _all(self) -> list[JudgeTask | AnswerTask]:
         return [*self.tasks.values(), *self.answers.values()]
@@ -233,7 +245,8 @@ class JudgePool:
     def _start(self, group: Group, task: JudgeTask | AnswerTask) -> list[Any]:
         if group in self._actors:
             return self._actors[group]
-        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 2, "max_task_retries": 2}
+        # before Ray knows that a node is gone, calls use up any number of retries at once: restarts end it
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 2, "max_task_retries": -1}
         asking = task.metric.asking if isinstance(task, JudgeTask) else None
         maker: Callable[[], Asker] | None
         if isinstance(task, AnswerTask):

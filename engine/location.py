@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
+from analysis.remote import Location, Remote, location_of, reached
 from trainables.errors import StoreError
 
 FORMAT = 1
@@ -15,35 +14,15 @@ MARKER = "store.json"
 TEMPORARY = ".tmp"
 MARKER_CONTENT = (json.dumps({"format": FORMAT, "kind": "shiftgrad store"}, indent=2, sort_keys=True) + "\n").encode()
 
-# One slash is enough: a Path turns s3://bucket into s3:/bucket
-_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/")
 
-
-def local_root(location: str | Path) -> Path:
-    """The absolute local folder that a location means: workers start in other folders than the driver.
-
-    Raises StoreError for a URL that is not a local file's, as object stores are not supported yet.
-    """
-    text = str(location)
-    url = _URL.match(text)
-    if url is None:
-        return Path(os.path.abspath(Path(text).expanduser()))
-    parts = urlsplit(text)
-    if url["scheme"].lower() != "file":
-        raise StoreError(
-            f"{text}: object stores are not supported yet; give a local folder (a mounted one will do) or file:///..."
-        )
-    if parts.netloc not in ("", "localhost"):
-        raise StoreError(f"{text}: a file URL with a host; a local folder has three slashes, file:///...")
-    return Path(os.path.abspath(unquote(parts.path)))
-
-
-def location_faults(location: str | Path) -> list[str]:
-    """Why no store can be opened or made at ``location``, or nothing. Touches nothing on disk."""
+def location_faults(location: str | Location) -> list[str]:
+    """Why no store can be opened or made at ``location``, or nothing. Writes nothing; looks into an object store."""
     try:
-        root = local_root(location)
+        root = location_of(location)
     except StoreError as error:
         return [str(error)]
+    if isinstance(root, Remote):
+        return _remote_faults(location, root)
     if not os.path.exists(root):
         return _absent_faults(location, root)
     if not root.is_dir():
@@ -56,7 +35,7 @@ def location_faults(location: str | Path) -> list[str]:
     return faults
 
 
-def _absent_faults(location: str | Path, root: Path) -> list[str]:
+def _absent_faults(location: str | Location, root: Path) -> list[str]:
     parent = root
     while not os.path.lexists(parent):
         parent = parent.parent
@@ -69,7 +48,7 @@ def _absent_faults(location: str | Path, root: Path) -> list[str]:
     return []
 
 
-def _content_faults(location: str | Path, root: Path) -> list[str]:
+def _content_faults(location: str | Location, root: Path) -> list[str]:
     marker = root / MARKER
     if not marker.exists():
         # a kill while the store was being made leaves the folder for temporary files alone
@@ -81,9 +60,39 @@ def _content_faults(location: str | Path, root: Path) -> list[str]:
             ]
         return []
     try:
-        content = json.loads(marker.read_text(encoding="utf-8"))
-        found = content["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = marker.read_bytes()
+    except OSError as error:
+        return [f"{location} is not a shiftgrad store: {MARKER} cannot be read ({error!r})"]
+    return _marker_faults(location, content)
+
+
+def _remote_faults(location: str | Location, root: Remote) -> list[str]:
+    if not root.url.partition("://")[2].partition("/")[2]:
+        return [f"{location}: give a path in the bucket, such as {root}/results"]
+    try:
+        try:
+            return _marker_faults(location, (root / MARKER).read_bytes())
+        except FileNotFoundError:
+            pass
+        fs, path = root.opened()
+        bucket = path.strip("/").partition("/")[0]
+        with reached(root):
+            if not fs.exists(bucket):
+                return [f"{location}: there is no bucket {bucket!r}, or these credentials may not see it"]
+        others = root.sizes()
+    except StoreError as error:
+        return [str(error)]
+    if others:
+        return [
+            f"{location} is not a shiftgrad store: it holds {min(others)} but no {MARKER}; give a new or an empty place"
+        ]
+    return []
+
+
+def _marker_faults(location: str | Location, content: bytes) -> list[str]:
+    try:
+        found = json.loads(content)["format"]
+    except (ValueError, KeyError, TypeError) as error:
         return [f"{location} is not a shiftgrad store: {MARKER} cannot be read ({error!r})"]
     if found != FORMAT:
         return [f"{location} is a store of the unknown format {found!r}; this version of shiftgrad knows {FORMAT}"]

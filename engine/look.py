@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from analysis.manifest import RunEntry, metrics_of, vector_key
+from analysis.manifest import RunEntry, adapter_key, metrics_of, vector_key
 from analysis.one_run import Run
 from analysis.one_run import find_run as find_run
 from analysis.quantities import PLAIN_LOSS
@@ -34,7 +34,7 @@ def status_view(results: Results) -> RenderableType:
 
     ``running``: not done, and its log has grown since the driver that runs the sweep began.
     """
-    store = Store.open(results.root)
+    store = Store.open(results.location)
     holder = current_holder(store, results.name)
     records = results.runs().to_dict("records")
     lines = [_last_line(store, str(row["run_id"])) for row in records]
@@ -93,10 +93,10 @@ def show_view(results: Results, entry: RunEntry) -> RenderableType:
     lines = run.log.splitlines()[-NUM_LOG_LINES:]
     if lines:
         parts += ["", Text("last log lines", style="bold"), Text("\n".join(lines))]
-    if run.adapter is not None:
-        parts += ["", Text(f"adapter: {run.adapter}", overflow="fold")]
-    if run.adapter is not None and entry.merged:
-        parts.append(Text(f"it belongs on the base with the adapters of {', '.join(entry.merged)} merged into it"))
+    if run.has_adapter:
+        parts += ["", Text(f"adapter: {results.location / adapter_key(entry.run_id)}", overflow="fold")]
+        if entry.merged:
+            parts.append(Text(f"it belongs on the base with the adapters of {', '.join(entry.merged)} merged into it"))
     return Group(*parts)
 
 

@@ -126,6 +126,11 @@ def num_trials_beside(trials: int, gpus_per_trial: float, gpus_of_judges: float,
     return max(1, min(trials, math.floor(left / gpus_per_trial + _ROUNDING)))
 
 
+def is_short_of_gpus(gpus_per_trial: float, gpus_of_judges: float, machine: Machine) -> bool:
+    """Whether local judges and trials cannot have their GPUs at the same time, and take turns."""
+    return gpus_of_judges > 0 and 0 < gpus_per_trial > machine.num_gpus - gpus_of_judges
+
+
 def _num_fitting(execution: ExecutionConfig, machine: Machine, gpus: float) -> int:
     fits = [machine.num_cpus // execution.cpus_per_trial]
     if gpus >= 1:

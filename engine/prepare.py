@@ -21,6 +21,7 @@ from engine.machine import (
     Machine,
     gpus_per_local_judge,
     gpus_per_trial,
+    is_short_of_gpus,
     num_trials,
     num_trials_beside,
     resource_faults,
@@ -72,6 +73,7 @@ class Prepared:
     gpus_per_trial: float
     gpus_per_local_judge: float
     num_steps: Mapping[str, int]  # optimizer steps by run
+    judges_take_turns: bool  # trials and local judges share GPUs that are not enough for both
     proved: Mapping[str, Sequence[int]]  # see engine/proved.py
     only: str | None = None
     smoke: bool = False
@@ -174,6 +176,7 @@ def prepare(
     judge_tasks = _judge_tasks(known, asked_jobs, () if measure_only else asked)
     judge_gpus = gpus_per_local_judge(execution, machine)
     costs = graph.costs()
+    gpus_of_judges = judge_gpus * _num_local_judges(judge_tasks.values())
     return Prepared(
         sweep=replace(sweep, results=stores[-1]),
         manifest=Manifest(
@@ -191,12 +194,11 @@ def prepare(
         measure_costs=measures.costs(),
         asked=asked,
         device="cuda" if gpus > 0 else "cpu",
-        num_trials=num_trials_beside(
-            num_trials(execution, machine), gpus, judge_gpus * _num_local_judges(judge_tasks.values()), machine
-        ),
+        num_trials=num_trials_beside(num_trials(execution, machine), gpus, gpus_of_judges, machine),
         gpus_per_trial=gpus,
         gpus_per_local_judge=judge_gpus,
         num_steps={entry.run_id: costs[entry.label].num_steps for entry in graph.entries},
+        judges_take_turns=is_short_of_gpus(gpus, gpus_of_judges, machine),
         proved=proved.kept,
         only=only,
         smoke=smoke,

@@ -1,8 +1,8 @@
 """Replies of judge models on disk: append-only segments, so that no committed reply is lost or asked for again.
 
-``judgements/<writer>.jsonl`` in the store. Every process that asks writes a segment of its own, one line per reply,
-``{"request": <id>, "reply": {...}}``, and makes it durable per batch. A kill can tear the last line only; what is torn
-was not committed. Only final replies are written (``Reply.is_final``).
+``judgements/<writer>.jsonl`` in the store, or in an object store numbered parts of it. Every process that asks writes a
+segment of its own, one line per reply, ``{"request": <id>, "reply": {...}}``, and makes it durable per batch. A kill
+can tear the last line only; what is torn was not committed. Only final replies are written (``Reply.is_final``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import socket
 import threading
 import uuid
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
+from typing import BinaryIO
 
 from analysis.judges import Reply
+from analysis.remote import Location
 from engine.store import Store
 from trainables.errors import StoreError
 from trainables.failpoints import failpoint
@@ -48,8 +49,8 @@ class ReplyIndex:
         if not wanted:
             return {}
         with self._lock:
-            for name in self.store.names(FOLDER):
-                if name.endswith(".jsonl"):
+            for name, size in sorted(self.store.sizes(FOLDER).items()):
+                if name.endswith(".jsonl") and size != self._read.get(name, 0):
                     self._extend(name)
             places: dict[str, list[tuple[int, str]]] = {}
             for request_id in wanted:
@@ -59,23 +60,25 @@ class ReplyIndex:
         return {
             request_id: reply
             for name, lines in places.items()
-            for request_id, reply in _replies(self._path(name), sorted(lines))
+            for request_id, reply in self._replies(name, sorted(lines))
         }
 
-    def _path(self, name: str) -> Path:
-        return self.store.path(f"{FOLDER}/{name}")
+    def _replies(self, name: str, lines: Sequence[tuple[int, str]]) -> Iterator[tuple[str, Reply]]:
+        with self.store.reader(f"{FOLDER}/{name}") as file:
+            for offset, request_id in lines:
+                file.seek(offset)
+                yield request_id, _parsed(file, self._place(name), offset, file.readline())[1]
+
+    def _place(self, name: str) -> Location:
+        return self.store.location / FOLDER / name
 
     def _extend(self, name: str) -> None:
         """Take in the whole lines that a segment has gained."""
-        path, offset = self._path(name), self._read.get(name, 0)
-        if path.stat().st_size == offset:
-            return
-        with path.open("rb") as file:
+        offset = self._read.get(name, 0)
+        with self.store.reader(f"{FOLDER}/{name}") as file:
             file.seek(offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break  # torn by a kill, or being written right now
-                self._where.setdefault(_request_id(path, offset, line), (name, offset))
+            while (line := file.readline()).endswith(b"\n"):  # else torn by a kill, or being written right now
+                self._where.setdefault(_request_id(file, self._place(name), offset, line), (name, offset))
                 offset += len(line)
         self._read[name] = offset
 
@@ -84,30 +87,23 @@ _HEAD = b'{"request":"'
 _ID_LENGTH = 24
 
 
-def _request_id(path: Path, offset: int, line: bytes) -> str:
+def _request_id(file: BinaryIO, place: Location, offset: int, line: bytes) -> str:
     """The id in a line of ours, without reading the whole of it as JSON."""
     end = len(_HEAD) + _ID_LENGTH
     if line.startswith(_HEAD) and line[end : end + 2] == b'",':
         return line[len(_HEAD) : end].decode("ascii", "replace")
-    return _parsed(path, offset, line)[0]
+    return _parsed(file, place, offset, line)[0]
 
 
-def _replies(path: Path, lines: Sequence[tuple[int, str]]) -> Iterator[tuple[str, Reply]]:
-    with path.open("rb") as file:
-        for offset, request_id in lines:
-            file.seek(offset)
-            yield request_id, _parsed(path, offset, file.readline())[1]
-
-
-def _parsed(path: Path, offset: int, line: bytes) -> tuple[str, Reply]:
+def _parsed(file: BinaryIO, place: Location, offset: int, line: bytes) -> tuple[str, Reply]:
     try:
         raw = json.loads(line)
         return str(raw["request"]), Reply.from_json(json.dumps(raw["reply"]))
     except (ValueError, KeyError, TypeError) as error:
-        with path.open("rb") as file:
-            number = file.read(offset).count(b"\n") + 1
+        file.seek(0)
+        number = file.read(offset).count(b"\n") + 1
         raise StoreError(
-            f"{path}, line {number}: not a reply ({error}); the file was changed by something else. "
+            f"{place}, line {number}: not a reply ({error}); the file was changed by something else. "
             "Move it away: what it held is then asked again"
         ) from error
 

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.manifest import sweep_key
 from analysis.results import Results, load
 from analysis.tables import table_key
 from engine.judging import Judged, ReplyDesk, judge_task
@@ -55,7 +54,7 @@ def rescore(path: str | Path, overrides: Sequence[str] = ()) -> Rescored:
 
         with ThreadPoolExecutor(1) as thread:  # a notebook's own thread has an event loop already
             judged = thread.submit(lambda: asyncio.run(judge_all())).result()
-        results = load(store.path(sweep_key(prepared.sweep.name, "manifest.json")).parent)
+        results = load(store.sweep(prepared.sweep.name))
         publish_report(results, store)
     return Rescored(
         results=results,

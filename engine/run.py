@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from analysis.manifest import Failure, failures_key, log_key, manifest_key, sweep_key
+from analysis.remote import Location
 from analysis.results import Results, load
 from analysis.tables import table_key
 from engine.judging import is_judged, missing_keys
@@ -139,9 +140,9 @@ class _Watcher:
         reasons = (self.failures[judge_id].reason for judge_id in open_ids if judge_id in self.failures)
         return f"needs judgements that could not be made: {next(reasons, 'nobody has said why')}"
 
-    def wait_for_judgement(self) -> None:
+    def wait_for_judgement(self, timeout_s: float | None) -> None:
         assert self.pool is not None
-        self.pool.wait_for_one()
+        self.pool.wait_for_one(timeout_s)
 
     def judging_failed(self, task_id: str, reason: str) -> None:
         self._note(task_id, Failure(kind="failed", reason=reason))
@@ -238,7 +239,7 @@ def _run_sweep(prepared: Prepared, store: Store, console: Console, session: RayS
         feed.settle()
     finally:
         feed.close(TRACKER_PATIENCE_S)
-    results = load(store.path(sweep_key(prepared.sweep.name, "manifest.json")).parent)
+    results = load(store.sweep(prepared.sweep.name))
     same_rows = rows_before == _manifest(results.name, store)
     if jobs or unjudged or not same_rows or not store.exists(report_key(results.name)):
         publish_report(results, store)
@@ -268,8 +269,7 @@ def _manifest(sweep: str, store: Store) -> bytes | None:
 
 def log_lines(store: Store, run_id: str) -> list[str]:
     """The lines of a run's log; none if it has not begun."""
-    key = log_key(run_id)
-    return store.read(key).decode(errors="replace").splitlines() if store.exists(key) else []
+    return store.read_log(log_key(run_id)).splitlines()
 
 
 def report_key(sweep: str) -> str:
@@ -277,14 +277,14 @@ def report_key(sweep: str) -> str:
     return sweep_key(sweep, "report")
 
 
-def publish_report(results: Results, store: Store) -> Path:
+def publish_report(results: Results, store: Store) -> Location:
     """Make the report of a sweep anew from its tables; returns where its page is."""
     from analysis.report import write_report  # brings matplotlib, which a sweep with nothing to do need not wait for
 
     with tempfile.TemporaryDirectory() as scratch:
         write_report(results, Path(scratch) / "report")
         store.publish(report_key(results.name), Path(scratch) / "report")
-    return store.path(report_key(results.name)) / "index.html"
+    return store.place(report_key(results.name)) / "index.html"
 
 
 def pending_jobs(prepared: Prepared, store: Store) -> dict[str, Job]:
@@ -308,10 +308,10 @@ def write_sweep(prepared: Prepared, store: Store) -> None:
     for content in prepared.inputs.values():
         store.put_input(content)
     text = yaml.safe_dump(prepared.sweep.raw, sort_keys=False, allow_unicode=True)
-    store.publish(sweep_key(name, "sweep.yaml"), text.encode())
+    store.keep(sweep_key(name, "sweep.yaml"), text.encode())
     store.publish_json(sweep_key(name, "provenance.json"), provenance(prepared))
-    store.publish_json(proved_key(name), prepared.proved)
-    store.publish_json(manifest_key(name), prepared.manifest.model_dump(mode="json"))
+    store.publish_json(proved_key(name), prepared.proved, unless_same=True)
+    store.publish_json(manifest_key(name), prepared.manifest.model_dump(mode="json"), unless_same=True)
 
 
 def provenance(prepared: Prepared) -> dict[str, Any]:
@@ -380,6 +380,7 @@ def _work(
             prepared.sweep.endpoints,
             answers=pending_answers(prepared, store),
             local_gpus=prepared.gpus_per_local_judge,
+            gives_gpus_back=prepared.judges_take_turns,
         )
         for task_id in watcher.pool.answers:
             if watcher.pool.answers[task_id].run_id not in jobs:  # what it asks about is done

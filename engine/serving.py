@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from analysis.manifest import RunEntry, adapter_key
+from analysis.remote import has_directory
 from analysis.results import Results
 from trainables.errors import ConfigError, Fault
 
@@ -25,7 +26,7 @@ def vllm_commands(results: Results) -> list[str]:
             for entry in results.manifest.runs
             if entry.kind == "run"
             and not entry.merged
-            and (results.root / adapter_key(entry.run_id) / "adapter_config.json").is_file()
+            and has_directory(results.location / adapter_key(entry.run_id))
             and _base(entry) == _base(base)
         }
         if not runs:
@@ -53,7 +54,7 @@ def merged_runs(results: Results) -> str | None:
     labels = [
         repr(entry.label)
         for entry in results.manifest.runs
-        if entry.merged and (results.root / adapter_key(entry.run_id) / "adapter_config.json").is_file()
+        if entry.merged and has_directory(results.location / adapter_key(entry.run_id))
     ]
     if not labels:
         return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from analysis.measurements import ModelMeasurement
-from engine.location import local_root
+from analysis.remote import Remote, location_of
 from engine.sweep_models import Cell
 from engine.tasks import QuestionText
 from trainables.errors import StoreError
@@ -60,11 +60,13 @@ def smoke_measurement(measurement: ModelMeasurement) -> ModelMeasurement:
 
 
 def smoke_results(results: str) -> str:
-    """The store beside the one at ``results``: ``results-smoke`` for ``results``. A URL becomes the folder it means."""
+    """The store beside the one at ``results``: ``results-smoke`` for ``results``. A file URL becomes what it means."""
     try:
-        root = local_root(results)
+        root = location_of(results)
     except StoreError:
         return results  # no store can be there: that is a fault of its own
+    if isinstance(root, Remote):
+        return f"{root}{SUFFIX}"
     is_plain = ":/" not in results and results.rstrip("/").rpartition("/")[2] not in ("", ".", "..")
     if is_plain and not results.startswith("~"):
         return results.rstrip("/") + SUFFIX

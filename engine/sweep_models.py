@@ -157,7 +157,8 @@ class SweepFile(Config):
     name: Name
     """What the sweep is called: its results are in ``<results>/sweeps/<name>``."""
     results: NonEmpty = "results"
-    """The store: a folder, or a ``file://`` URL. Sweeps that share a store share what is the same in them."""
+    """The store: a folder, or a URL such as ``s3://bucket/results``. Sweeps in one store share what is the same in
+    them."""
     base: dict[str, Any] = Field(default={})
     """The pretrained model."""
     data: dict[str, Any] = Field(default={})

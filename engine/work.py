@@ -83,7 +83,7 @@ class SweepWork:
         check_same(self.software, software())
         if not self.store.exists(MARKER):
             raise StoreError(
-                f"{socket.gethostname()} does not see the store at {self.store.root}; "
+                f"{socket.gethostname()} does not see the store at {self.store.location}; "
                 "give `results` a folder that all machines of the cluster share"
             )
 

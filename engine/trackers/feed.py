@@ -15,14 +15,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import TypeAlias
 
-from analysis.manifest import Manifest, manifest_key, read_run_record, run_key
+from analysis.manifest import Manifest, read_run_record, run_key
+from analysis.remote import Remote
 from analysis.results import load
 from engine.store import Store
 from engine.trackers import TrackersConfig
 from engine.trackers.base import Place, TrackedRun, Tracker, TrackerConfig, steps_of, tracked_runs
 from engine.trackers.exports import Ledger, final_metrics, is_complete, is_evaluated, training_rows
+from trainables.embedded import cache_folder
 from trainables.rows import TrainingRow
 
 RETRY_AFTER_S = 60.0  # a tracker that failed is left alone for so long
@@ -45,7 +48,7 @@ class Feed:
         self.runs = tracked_runs(manifest)
         self.store = store
         self.failed_runs: set[str] = set()
-        folder = store.path(manifest_key(manifest.name)).parent
+        folder = tracker_folder(store, manifest.name)
         ledger = Ledger(store, manifest.name)
         place = Place(folder, name, tuple(self.runs.values()))
         self.threads = [TrackerThread(kind, one, place, store, ledger, say) for kind, one in config.active().items()]
@@ -230,9 +233,9 @@ class TrackerThread:
         """Give the tracker the whole run as the store has it: what it has of it already is left out."""
         digest = self.ledger.digest(run)
         rows = training_rows(self.store, run.id)
-        record = read_run_record(self.store.path(run_key(run.id))) if run.kind == "run" else None
+        record = read_run_record(self.store.location / run_key(run.id)) if run.kind == "run" else None
         self._log(run, rows, utc_seconds(record.finished_utc) if record else time.time(), tracker)
-        results = load(self.place.folder)
+        results = load(self.store.sweep(self.place.folder.name))
         tracker.finish(run, final_metrics(results, run), rows[-1].step if rows else 0)
         del self.last_step[run.id]
         self.waiting.pop(run.id, None)
@@ -246,6 +249,17 @@ class TrackerThread:
         if new and new[0].number == self.last_step[run.id] + 1:
             tracker.log(run, new)
             self.last_step[run.id] = new[-1].number
+
+
+def tracker_folder(store: Store, sweep: str) -> Path:
+    """Where trackers that write files write them: the sweep's folder in the store, or if that is in an object store,
+    one of this user's on this machine with the same layout."""
+    if not isinstance(store.location, Remote):
+        return store.root / "sweeps" / sweep
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", store.location.url)
+    folder = cache_folder() / "trackers" / name / "sweeps" / sweep
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _nothing() -> None:

@@ -45,8 +45,22 @@ NOT_RUN: dict[tuple[str, str], str] = {
         "docs/trackers.md",
         "python3 -m venv mlflow-ui && mlflow-ui/bin/pip install mlflow",
     ): "installs, and starts a server",
+    ("docs/cluster.md", "ray get-auth-token --generate"): "writes a token into the home of whoever runs the tests",
+    ("docs/cluster.md", "ray up cluster.yaml"): "starts machines",
+    (
+        "docs/cluster.md",
+        "ray job submit --address http://127.0.0.1:8265 --submission-id quickstart --no-wait -- \\",
+    ): "needs a running cluster",
+    ("docs/cluster.md", "kubectl apply -f configs/cluster/rayjob.yaml"): "starts machines",
+    ("docs/cluster.md", "ray job logs --address http://127.0.0.1:8265 --follow quickstart"): "needs a running cluster",
+    ("docs/cluster.md", "shiftgrad status s3://my-bucket/results/sweeps/quickstart"): "needs a bucket, as above",
+    ("docs/cluster.md", "shiftgrad fetch s3://my-bucket/results/sweeps/quickstart --no-adapters"): "needs a bucket",
+    ("docs/cluster.md", "ray job stop --address http://127.0.0.1:8265 quickstart"): "needs a running cluster",
     ("docs/how-to/cluster.md", "ray start --head --port=6379"): "starts processes that outlive the command",
     ("docs/how-to/cluster.md", "ray start --address=HEAD:6379"): "is for another machine",
+    ("docs/how-to/cluster.md", "shiftgrad status s3://my-bucket/results/sweeps/quickstart"): (
+        "needs a bucket; tests/engine/test_object_store.py reads and fetches from one"
+    ),
     ("docs/how-to/cluster.md", "shiftgrad run configs/sweeps/quickstart.yaml --address auto"): (
         "needs a running cluster; tests/engine/test_machine.py plans for one"
     ),

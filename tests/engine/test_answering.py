@@ -164,7 +164,7 @@ class TestIdentity:
         nothing = CliRunner().invoke(app, ["serving", str(folder)])
         assert "no run of this sweep is trained yet" in str(nothing.exception)
         run = next(entry for entry in prepared.manifest.runs if entry.label == "none")
-        store.publish(f"runs/{run.run_id}/adapter/adapter_config.json", b"{}")
+        store.publish(f"runs/{run.run_id}/adapter", sweep.folder / "data")  # any folder
         done = CliRunner().invoke(app, ["serving", str(folder)])
         base = prepared.manifest.runs[0]
         assert f"--served-model-name {base.run_id}" in done.output

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import engine.store
+import engine.disk
 from engine.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture(autouse=True)
 def _claims_are_tried_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.store, "CLAIM_RETRY_S", 0.001)
+    monkeypatch.setattr(engine.disk, "CLAIM_RETRY_S", 0.001)
 
 
 def test_a_claim_is_held_by_one_at_a_time_and_leaves_nothing(store: Store) -> None:

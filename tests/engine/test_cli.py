@@ -31,10 +31,11 @@ TABLES = (
     "measurements",
     "agreement",
     "extractions",
+    "capping",
     "failures",
 )
 MEASURED = tuple(name for name in STORED if name not in TABLES)
-EMPTY = ("agreement", "extractions")  # of a sweep with one judge and no extracted vector
+EMPTY = ("agreement", "extractions", "capping")  # of a sweep with one judge, no extracted vector and nothing capped
 
 
 @pytest.fixture(scope="module")

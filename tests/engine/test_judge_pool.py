@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import ray.exceptions
@@ -14,6 +14,7 @@ import ray.exceptions
 import engine.judge_pool
 import engine.reply_log
 from analysis.judges import DegenerationMetric, Item, Judgement, Reply, Request, RuleMetric
+from analysis.remote import Location
 from engine.judge_pool import JudgePool
 from engine.judging import Judged, ReplyDesk, is_judged, judge_task
 from engine.reply_log import ReplyIndex, ReplyLog, known_replies
@@ -303,9 +304,9 @@ class TestReplyIndex:
         seen: list[bytes] = []
         read = engine.reply_log._request_id
 
-        def note(path: Path, offset: int, line: bytes) -> str:
+        def note(file: BinaryIO, place: Location, offset: int, line: bytes) -> str:
             seen.append(line)
-            return read(path, offset, line)
+            return read(file, place, offset, line)
 
         monkeypatch.setattr(engine.reply_log, "_request_id", note)
         asyncio.run(log.commit(second, Reply("ok", "two")))

@@ -64,12 +64,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(folder: Path, store: Path, overrides: Sequence[str]) -> list[str]:
+def arguments(folder: Path, store: str | Path, overrides: Sequence[str]) -> list[str]:
     return ["run", str(folder / "sweep.yaml"), f"results={store}", *overrides]
 
 
 def start(
-    folder: Path, store: Path, fail_at: str | None = None, overrides: Sequence[str] = ()
+    folder: Path, store: str | Path, fail_at: str | None = None, overrides: Sequence[str] = ()
 ) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != ENVIRONMENT_VARIABLE}
     if fail_at is not None:
@@ -84,13 +84,15 @@ def start(
     )
 
 
-def run_to_end(folder: Path, store: Path, fail_at: str | None = None, overrides: Sequence[str] = ()) -> tuple[int, str]:
+def run_to_end(
+    folder: Path, store: str | Path, fail_at: str | None = None, overrides: Sequence[str] = ()
+) -> tuple[int, str]:
     process = start(folder, store, fail_at, overrides)
     printed, _ = process.communicate(timeout=300)
     return process.returncode, printed
 
 
-def run_here(folder: Path, store: Path, fail_at: str, overrides: Sequence[str] = ()) -> tuple[int, str]:
+def run_here(folder: Path, store: str | Path, fail_at: str, overrides: Sequence[str] = ()) -> tuple[int, str]:
     """With this process as the driver, which saves its start; what is killed is a process of Ray."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ENVIRONMENT_VARIABLE, fail_at)

@@ -51,8 +51,8 @@ class _Notes:
     def unjudged(self, job_id: str) -> bool | str:
         return self.judging.get(job_id, False)
 
-    def wait_for_judgement(self) -> None:
-        self.said.append(("waited",))
+    def wait_for_judgement(self, timeout_s: float | None) -> None:
+        self.said.append(("waited",) if timeout_s is None else ("waited", f"{timeout_s:g} s at most"))
         self.judging = dict(self.after_waiting)
 
 
@@ -121,6 +121,19 @@ def test_with_nothing_else_to_do_it_waits_for_a_judgement() -> None:
     notes.judging = {"vector": True}
     assert graph.suggest("t1") == {"job": "vector"}
     assert notes.said == [("waited",)]
+
+
+def test_while_processes_of_trials_are_being_ended_it_waits_for_a_moment_only() -> None:
+    """What they hold, a GPU say, a judge may be waiting for: Tune must come to end them."""
+    graph, notes = searcher(job("answers"), judged_job("vector", "answers"))
+    notes.judging = notes.after_waiting = {"vector": True}
+    assert graph.suggest("t1") == {"job": "answers"}
+    graph.finish("t1", None)
+    assert graph.suggest("t2") is None
+    assert notes.said[-1] == ("waited", "1 s at most")
+    notes.after_waiting = {}
+    assert graph.suggest("t2") is None
+    assert graph.suggest("t2") == {"job": "vector"}
 
 
 def test_judgements_that_cannot_be_had_skip_the_vector_and_what_needs_it() -> None:

@@ -126,7 +126,7 @@ class TestStore:
             ("file:///tmp/some%20store", "/tmp/some store-smoke"),
             ("file:/tmp/results/", "/tmp/results-smoke"),
             ("file:///tmp/results?x=1", "/tmp/results-smoke"),
-            ("s3://bucket/results", "s3://bucket/results"),
+            ("s3://bucket/results/", "s3://bucket/results-smoke"),
         ],
     )
     def test_lies_beside_the_real_one(self, results: str, expected: str) -> None:
@@ -152,4 +152,4 @@ class TestStore:
         (sweep.folder / "results" / "thesis.txt").write_text("mine")
         assert sweep.faults(smoke=True) == sweep.faults()
         assert "is not a shiftgrad store" in sweep.faults(smoke=True)["results"]
-        assert list(sweep.faults("results=s3://bucket/x", smoke=True)) == ["results"]
+        assert list(sweep.faults("results=file://host/x", smoke=True)) == ["results"]

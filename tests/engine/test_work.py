@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-import engine.store
+import engine.disk
 import trainables.train
 from analysis.manifest import run_key
 from analysis.results import Results, load
@@ -141,7 +141,7 @@ def test_a_run_that_another_sweep_is_doing_is_waited_for_and_not_done_again(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both begin it at the same time; the other one is this thread, the one that waits does everything else alone."""
-    monkeypatch.setattr(engine.store, "CLAIM_RETRY_S", 0.01)
+    monkeypatch.setattr(engine.disk, "CLAIM_RETRY_S", 0.01)
     done_by_the_other, folder = tmp_path / "other", tmp_path / "shared"
     do(prepared, done_by_the_other)
     waits = threading.Event()
