@@ -3,6 +3,7 @@ weights moved if it is an edited one."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,9 @@ from analysis.weight_space import (
     direction,
     place_of,
 )
+from analysis.weight_space.directions import describe
 from analysis.weight_space.edits import move
+from analysis.weight_space.exports import low_rank_changes, save_adapter, save_delta, together
 from analysis.weight_space.files import read_pile
 from trainables.base_model import BaseConfig, LoadedBase, ResolvedBase, load_base, resolve_base
 from trainables.errors import ConfigError, Fault
@@ -103,6 +106,29 @@ def load_finetuned(results: Results, edit: EditEntry, loaded: LoadedBase) -> Any
     return load_adapter(
         loaded.fresh(), local_copy(results.location / adapter_key(edit.finetuned_id)), edit.finetuned_id
     )
+
+
+def save_edit(
+    results: Results, entry: RunEntry, path: Path, *, rank: int | None, with_finetuning: bool, base: str | None
+) -> Path:
+    """See ``Run.save_edit``."""
+    edit = entry.edit
+    if edit is None:
+        raise ConfigError(
+            [Fault("run", f"{entry.label!r} is no edited model: nothing was moved")], "nothing was written"
+        )
+    loaded = load_base(find_base(results, entry, cuda=False, base=base)[0], torch.device("cpu"))
+    finetuned = load_finetuned(results, edit, loaded)
+    along = direction_of(results, edit, loaded, finetuned)
+    if rank is None:
+        about = {"direction": describe(along.config), "finetuned": edit.finetuned_id, "on": edit.target}
+        save_delta(path, along.items(), edit.alpha, about)
+        return path
+    changes = low_rank_changes(loaded.model, along.items(), edit.alpha, rank)
+    if with_finetuning:
+        changes = together(delta_of_adapter(finetuned, edit.finetuned_id, loaded.model), changes)
+    save_adapter(path, changes, str(entry.config["base.model"]))
+    return path
 
 
 def _edited(results: Results, edit: EditEntry, loaded: LoadedBase) -> Any:

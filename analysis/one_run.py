@@ -145,6 +145,26 @@ class Run:
         model, loaded = load_run(self.results, self.entry, found, where)
         return model, loaded.tokenizer
 
+    def save_edit(
+        self,
+        path: str | Path,
+        *,
+        rank: int | None = None,
+        with_finetuning: bool = False,
+        base: str | None = None,
+    ) -> Path:
+        """Write how this edited model's weights were moved, alpha V, and return where.
+
+        ``rank`` None: one safetensors file with a tensor per parameter, to be added to it. Else a folder with a LoRA
+        adapter of this rank, which PEFT puts on the base; ``with_finetuning``: with the finetuned run's own adapter
+        added to it, so that base and adapter are the edited model. ``base``: as in ``load_model``. Raises ConfigError
+        for a row that is no edited model, DataError for a direction that is not of this rank or moves other parameters
+        than weights of linear modules.
+        """
+        from analysis.loading import save_edit  # brings torch
+
+        return save_edit(self.results, self.entry, Path(path), rank=rank, with_finetuning=with_finetuning, base=base)
+
     def _alone(self) -> Results:
         """The sweep as if it had this row alone."""
         manifest = Manifest(name=self.results.manifest.name, runs=(self.entry,), vectors={})

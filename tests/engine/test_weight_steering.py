@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 
 import engine.work
 from analysis.loading import default_device
@@ -29,7 +31,7 @@ from engine.work import SweepWork
 from tests.engine.tiny_prepare import TinySweep, changed, entries, ids, tiny_model_folder
 from trainables.base_model import load_base
 from trainables.chat_data import ChatEncoder
-from trainables.errors import DataError
+from trainables.errors import ConfigError, DataError
 from trainables.lora import load_adapter
 
 STEERING: dict[str, Any] = {
@@ -39,10 +41,11 @@ STEERING: dict[str, Any] = {
     "directions": {
         "plain": {"of": "with", "minus": "without"},
         "weighed": {"of": "with", "minus": "without", "weigh_by_delta": 97, "keep_norm": True},
+        "small": {"of": "with", "minus": "without", "rank": 1, "modules": ["q_proj", "down_proj"]},
     },
     "edits": [
         {"directions": ["plain"], "alphas": [-0.5, 0.5], "on": ["finetuned", "base"]},
-        {"directions": ["weighed"], "alphas": [0.5]},
+        {"directions": ["weighed", "small"], "alphas": [0.5]},
     ],
 }
 
@@ -116,6 +119,7 @@ def test_edited_models_are_rows_and_no_other_id_moves(sweep: TinySweep) -> None:
         "base -0.5 plain",
         "base +0.5 plain",
         "tuned +0.5 weighed",
+        "tuned +0.5 small",
     ]
     row = entries(with_steering)["base -0.5 plain"]
     assert row.kind == "edited"
@@ -253,7 +257,7 @@ def test_the_summary_compares_an_edited_model_with_what_it_was(results: Results)
 
 def test_profiles_say_where_delta_and_directions_are_large(results: Results) -> None:
     profile = results.measured("weight_profiles")
-    assert set(profile["what"]) == {"delta", "plain", "weighed"}
+    assert set(profile["what"]) == {"delta", "plain", "weighed", "small"}
     sums = profile.groupby("what")["sum_of_squares"].sum()
     assert sums["weighed"] == pytest.approx(sums["plain"], rel=1e-5)  # keep_norm
     assert set(profile[profile["what"] == "plain"]["layer"]) == set(range(6))
@@ -279,6 +283,26 @@ def test_a_run_and_an_edited_model_can_be_loaded(results: Results, done: tuple[P
     )
     found = [loss.loss_sum for loss in losses]
     assert found == pytest.approx(plain_losses(results, "tuned +0.5 weighed"), rel=1e-6)
+
+
+def test_an_edit_can_be_written_for_others(results: Results, tmp_path: Path) -> None:
+    run = results.run("tuned +0.5 small")
+    moved, _ = run.load_model(device="cpu")
+    ids = torch.tensor([[5, 6, 7, 80]])
+    wanted = moved(input_ids=ids).logits
+    base = load_base(results_base(results), torch.device("cpu"))
+    folder = run.save_edit(tmp_path / "adapter", rank=1, with_finetuning=True)
+    both = PeftModel.from_pretrained(base.fresh(), str(folder)).eval()
+    torch.testing.assert_close(both(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)  # float32, in another order
+    tensors = load_file(run.save_edit(tmp_path / "edit.safetensors"))
+    assert {name.split(".")[-2] for name in tensors} == {"q_proj", "down_proj"}
+    weights = dict(base.model.named_parameters())
+    for name, tensor in tensors.items():
+        weights[name].data += tensor
+    tuned = load_adapter(base.fresh(), results.root / adapter_key(results.run("tuned").run_id), "tuned")
+    torch.testing.assert_close(tuned(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match="'tuned' is no edited model"):
+        results.run("tuned").save_edit(tmp_path / "nothing")
 
 
 def test_nothing_is_left_to_do_and_nothing_is_garbage(done: tuple[Prepared, Store]) -> None:
