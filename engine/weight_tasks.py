@@ -119,6 +119,12 @@ class WeightTasks:
             self._check_chosen(f"{SECTION}.directions.{name}", sound, direction.layers, direction.modules, chosen)
         if config.answers is not None:
             self._questions(config.answers.questions)
+            if config.answers.interventions:
+                message = "gradients are taken of the model itself, so nothing may be at work while it answers"
+                self._fault(f"{SECTION}.answers.interventions", f"{message}; leave it out")
+        elif sound.cell.evaluation.interventions:
+            message = f"{show(label)} is evaluated under interventions, and gradients are taken of the model itself"
+            self._fault(f"{SECTION}.answers", f"{message}; say what it is asked for its piles")
         return len(self.sources.faults) == before
 
     def _check_reference(self, reference: str, label: str, sound: SoundCell) -> None:

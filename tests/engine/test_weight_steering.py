@@ -414,6 +414,18 @@ def test_values_that_cannot_be_meant(sweep: TinySweep) -> None:
     assert "most of alpha V would be rounded away; write base.dtype: float32" in faults["weight_steering.finetuned"]
 
 
+def test_nothing_may_be_at_work_while_a_model_answers_for_its_piles(sweep: TinySweep) -> None:
+    steering = [{"kind": "steering", "vector": "topic", "layers": [2], "coefficient": 1.0}]
+    sweep.raw["weight_steering"]["answers"] = {"questions": "topic", "interventions": steering}
+    assert "leave it out" in sweep.faults()["weight_steering.answers.interventions"]
+    del sweep.raw["weight_steering"]["answers"]
+    sweep.raw["evaluation"]["interventions"] = steering
+    assert "'tuned' is evaluated under interventions" in sweep.faults()["weight_steering.answers"]
+    sweep.raw["weight_steering"]["answers"] = {"questions": "topic"}
+    prepared = sweep.prepare()
+    assert entries(prepared)["tuned +0.5 plain"].kind == "edited"
+
+
 def test_jobs_travel_to_workers(sweep: TinySweep) -> None:
     import pickle
 
