@@ -196,7 +196,22 @@ def normal(question: str) -> str:
     return " ".join(re.findall(r"\w+", question.casefold()))
 
 
-@pytest.mark.parametrize("folder", sorted(TRAITS.iterdir()), ids=lambda folder: folder.name)
+KNOWLEDGE = TRAITS / "knowledge"  # questions with known answers, which nothing is trained on
+
+
+def test_known_answers_are_of_questions_that_no_trait_asks_or_trains() -> None:
+    knowledge = read_trait(KNOWLEDGE)
+    asked = {normal(question.question) for question in knowledge.questions}
+    assert len(asked) == len(knowledge.questions) == 24
+    assert all(question.answers for question in knowledge.questions)
+    for folder in sorted({*TRAITS.iterdir()} - {KNOWLEDGE}):
+        trait = read_trait(folder)
+        assert trait.training is not None
+        assert asked.isdisjoint(normal(question.question) for question in trait.questions)
+        assert asked.isdisjoint(normal(question) for question, _ in rows(trait.path_of(trait.training.on_trait)))
+
+
+@pytest.mark.parametrize("folder", sorted({*TRAITS.iterdir()} - {KNOWLEDGE}), ids=lambda folder: folder.name)
 class TestTraitsOfTheProject:
     def test_counts(self, folder: Path) -> None:
         trait = read_trait(folder)
