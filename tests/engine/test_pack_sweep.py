@@ -30,7 +30,7 @@ RUNS = """\
     label: bursting
     training: {max_steps: 5, learning_rate: 1.0e+30, schedule: constant, max_gradient_norm: null}
 """
-EXECUTION = "execution: {trials: 2, max_retries: 0, checkpoint_every_steps: 5}"
+EXECUTION = "execution: {trials: 2, max_retries: 0, checkpoint_every_steps: 1}"
 PACK_COLUMNS = ["pack_size", "packing", "pack_note"]
 IN_PACKS = ["execution.pack=4", "execution.packing=exact"]
 
