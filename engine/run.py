@@ -117,8 +117,8 @@ class _Watcher:
         self._note(self._open_task(job_id), failure)
         self.view.job_ended(job_id, self._label(job_id), f"FAILED: {reason}", ok=False)
 
-    def remark(self, text: str) -> None:
-        self.view.say(text, ok=False)
+    def remark(self, text: str, *, ok: bool = True) -> None:
+        self.view.say(text, ok=ok)
 
     def skipped(self, job_id: str, reason: str) -> None:
         self._note(self._open_task(job_id), Failure(kind="skipped", reason=reason))

@@ -46,7 +46,7 @@ class Watcher(Protocol):
 
     def failed(self, job_id: str, reason: str) -> None: ...
 
-    def remark(self, text: str) -> None:
+    def remark(self, text: str, *, ok: bool = True) -> None:
         """Something about no one job."""
 
     def skipped(self, job_id: str, reason: str) -> None: ...
@@ -139,6 +139,8 @@ class _GraphSearcher(StaysInDriver, Searcher):
         if len(members) > 1:
             config |= {"job": members[0], "pack": members}
             self.packs[trial_id] = members
+            labels = ", ".join(self.jobs[member].label for member in members)
+            self.watcher.remark(f"a pack of {len(members)} trainings: {labels}")
         for member in members:
             del self.waiting[member]
         self.job_of_trial[trial_id] = members[0]
@@ -188,7 +190,7 @@ class _GraphSearcher(StaysInDriver, Searcher):
         left = [one for one in members if one not in self.lost and one not in self.trained]
         reason = reason or result.get(OUT_OF_MEMORY)
         if reason is not None and left:
-            self.watcher.remark(self.packer.split(members, left, reason))
+            self.watcher.remark(self.packer.split(members, left, reason), ok=False)
         elif FITS in result:
             self.packer.found(members[0], int(result[FITS]))
         back = {one for one in members if one not in self.lost}

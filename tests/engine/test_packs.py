@@ -61,13 +61,14 @@ def test_the_longest_trainings_share_a_trial_and_then_each_has_its_own() -> None
         graph.member(one, None)
     graph.member("d", "TrainingError: it diverged")
     graph.finish("t1", None)
-    assert notes.said == [("failed", "d", "TrainingError: it diverged")]
+    pack = ("remark", "a pack of 3 trainings: run b, run d, run c")
+    assert notes.said == [pack, ("failed", "d", "TrainingError: it diverged")]
     assert graph.suggest("t4") == {"job": "b"}
     assert graph.suggest("t5") == {"job": "c"}
     assert graph.suggest("t6") == Searcher.FINISHED
     for trial in ("t2", "t4", "t5"):
         graph.finish(trial, None)
-    assert notes.said[1:] == [("done", "a"), ("done", "b"), ("done", "c")]
+    assert notes.said[2:] == [("done", "a"), ("done", "b"), ("done", "c")]
 
 
 def test_only_runs_of_one_base_and_order_share_a_pack() -> None:
@@ -99,16 +100,16 @@ def test_a_pack_that_failed_is_tried_in_halves_down_to_single_runs(reason: str) 
     else:
         graph.finish("t1", None, {"pack_out_of_memory": memory})
     said = f"a pack of 4 failed ({memory}); its runs are trained in packs of at most 2"
-    assert notes.said == [("remark", said)]
+    assert notes.said[1:] == [("warning", said)]
     assert graph.suggest("t2") == {"job": "a"}, "it is trained"
     assert graph.suggest("t3") == {"job": "b", "pack": ["b", "c"], "note": said}
     assert graph.suggest("t4") == {"job": "d", "note": said}
     graph.finish("t3", "the trial's process died")
     alone = "a pack of 2 failed (the trial's process died); its runs are trained one by one"
-    assert notes.said[1:] == [("remark", alone)]
+    assert notes.said[3:] == [("warning", alone)]
     assert [graph.suggest(trial) for trial in ("t5", "t6")] == [{"job": one, "note": alone} for one in "bc"]
     graph.finish("t5", "it is too big even alone")
-    assert notes.said[2:] == [("failed", "b", "it is too big even alone")]
+    assert notes.said[4:] == [("failed", "b", "it is too big even alone")]
 
 
 def test_a_trial_says_how_many_runs_fit() -> None:
@@ -117,7 +118,7 @@ def test_a_trial_says_how_many_runs_fit() -> None:
     for one in "abc":
         graph.member(one, None)
     graph.finish("t1", None, {"pack_fits": 3})
-    assert notes.said == [], "nothing has failed"
+    assert [kind for kind, _ in notes.said] == ["remark"], "nothing has failed"
     assert [graph.suggest(f"t{number}") for number in range(2, 5)] == [{"job": one} for one in "abc"]
     assert graph.suggest("t5") == {"job": "d", "pack": ["d", "e", "f"]}
     assert graph.suggest("t6") == {"job": "g"}

@@ -42,8 +42,8 @@ class _Notes:
     def failed(self, job_id: str, reason: str) -> None:
         self.said.append(("failed", job_id, reason))
 
-    def remark(self, text: str) -> None:
-        self.said.append(("remark", text))
+    def remark(self, text: str, *, ok: bool = True) -> None:
+        self.said.append(("remark" if ok else "warning", text))
 
     def skipped(self, job_id: str, reason: str) -> None:
         self.said.append(("skipped", job_id, reason))
