@@ -58,8 +58,8 @@ class _Watcher:
     def failed(self, job_id: str, reason: str) -> None:
         raise AssertionError(f"{job_id}: {reason}")
 
-    def remark(self, text: str) -> None:
-        del text
+    def remark(self, text: str, *, ok: bool = True) -> None:
+        del text, ok
 
     def skipped(self, job_id: str, reason: str) -> None:
         raise AssertionError(f"{job_id}: {reason}")
