@@ -37,6 +37,7 @@ from engine.trackers.feed import Feed
 from engine.versions import versions
 from engine.weight_jobs import PileJob
 from trainables.errors import ConfigError
+from trainables.failpoints import failpoint
 
 if TYPE_CHECKING:
     from engine.judge_pool import JudgePool
@@ -94,6 +95,7 @@ class _Watcher:
         seconds = time.monotonic() - self.begun.get(job_id, time.monotonic())
         left = ""
         if isinstance(job, MeasureJob | StudyJob):
+            failpoint("after_job:measure")
             self.num_shards[job.name, job.run] -= 1
             left = self._shards_left(job, seconds)
         self.view.job_ended(job_id, self._label(job_id), f"done in {seconds:.0f} s{left}")
