@@ -20,6 +20,7 @@ from analysis.agreement import agreement_rows
 from analysis.agreement import frame_of as agreement_frame
 from analysis.extractions import asked_answers, extraction_rows
 from analysis.extractions import frame_of as extraction_frame
+from analysis.failed_tasks import failures_frame
 from analysis.groups import has_several_seeds, over_seeds, summarize_groups
 from analysis.manifest import (
     Failure,
@@ -259,35 +260,7 @@ class Results:
 
         ``task`` says what it was to do for ``run``; a task that belongs to no run has neither.
         """
-        failures = self._failures()
-        rows = []
-        known: set[str] = set()
-        for entry in self.manifest.runs:
-            for task in tasks_of(entry):
-                known.add(task.task_id)
-                if task.task_id in failures and not self._exists(task.key):
-                    rows.append(_failure_row(task.task_id, failures, entry.label, entry.run_id, task.name))
-        for name, vector_id in self.manifest.vectors.items():
-            known.add(vector_id)
-            if vector_id in failures and not self._exists(vector_key(vector_id)):
-                rows.append(_failure_row(vector_id, failures, None, None, f"vector {name}"))
-        for measure in self.manifest.measurements:
-            for task_id, keys in measurement_keys(measure).items():
-                known.add(task_id)
-                if task_id in failures and not all(self._exists(key) for key in keys):
-                    what = f"measure {measure.name}"
-                    rows.append(_failure_row(task_id, failures, measure.run, measure.run_id, what))
-        for asked in self.manifest.asked:
-            what = f"vector {asked.vector}, {asked.about}"
-            tasks = {asked.sample_id: f"answers for {what}"}
-            tasks |= {judge_id: f"judge {metric} of {what}" for metric, judge_id in asked.judge_ids.items()}
-            for task_id, name in tasks.items():
-                if task_id in failures and task_id not in known:
-                    rows.append(_failure_row(task_id, failures, None, None, name))
-                known.add(task_id)
-        rows += [_failure_row(task_id, failures, None, None, None) for task_id in failures if task_id not in known]
-        columns = ["run", "run_id", "task", "task_id", "kind", "reason", "log_tail"]
-        return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype="str") for name in columns})
+        return failures_frame(self.manifest, self._failures(), self._exists)
 
     def table(self, name: str) -> pd.DataFrame:
         """The table of this name. Raises ConfigError that lists the names if there is none."""
@@ -445,18 +418,3 @@ READERS |= {
     if name not in READERS
 }
 """The tables of a sweep by name; those that measurements alone make are read as they are declared."""
-
-
-def _failure_row(
-    task_id: str, failures: dict[str, Failure], run: str | None, run_id: str | None, task: str | None
-) -> dict[str, str | None]:
-    failure = failures[task_id]
-    return {
-        "run": run,
-        "run_id": run_id,
-        "task": task,
-        "task_id": task_id,
-        "kind": failure.kind,
-        "reason": failure.reason,
-        "log_tail": "\n".join(failure.log_tail),
-    }

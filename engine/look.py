@@ -20,9 +20,9 @@ from analysis.reading import NOTHING, TRAIN_LOSS, interval_text, mean_text, read
 from analysis.results import Results
 from engine.lease import current_holder
 from engine.progress import duration
-from engine.run import log_lines
 from engine.show import frame_table, plain_table
 from engine.store import Store
+from engine.watching import log_lines
 
 NUM_ANSWERS = 4
 NUM_LOG_LINES = 8

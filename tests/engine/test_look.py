@@ -19,8 +19,9 @@ from engine.look import diff_view, find_run, show_view, status_view
 from engine.machine import read_machine
 from engine.prepare import prepare
 from engine.progress import make_progress
-from engine.run import _Watcher, write_sweep
+from engine.run import write_sweep
 from engine.store import Store
+from engine.watching import SweepWatcher
 from tests.engine.finished import write_finished
 from tests.engine.tiny_sweep import write_tiny_sweep
 from trainables.errors import ConfigError
@@ -169,7 +170,7 @@ def test_a_run_that_fails_after_its_training_is_reported_with_the_reason(tmp_pat
     prepared = prepare(write_tiny_sweep(tmp_path), (), read_machine())
     store = write_finished(prepared)
     entries = [entry for entry in prepared.manifest.runs if entry.label in ("base", "none")]
-    watcher = _Watcher(prepared, store, make_progress(Console(file=io.StringIO())))
+    watcher = SweepWatcher(prepared, store, make_progress(Console(file=io.StringIO())))
     for entry in entries:
         store.remove(f"tables/generations/{entry.sample_id}.parquet")
         watcher.failed(entry.run_id, "out of memory in sampling")

@@ -21,6 +21,7 @@ from engine.prepare import prepare
 from engine.progress import LineProgress
 from engine.run import Outcome, run_sweep
 from engine.store import Store
+from engine.watching import SweepWatcher
 from tests.engine.tiny_sweep import RUNS, write_tiny_sweep
 from trainables.errors import ConfigError
 from trainables.sample import SamplingConfig
@@ -169,7 +170,7 @@ def test_judges_that_failed_are_told_at_the_next_report_of_a_trial(
     prepared = prepare(write_tiny_sweep(tmp_path), [], Machine(2, 0.0, 16.0))
     store = Store.open(prepared.sweep.results, create=True)
     said = io.StringIO()
-    watcher = engine.run._Watcher(prepared, store, LineProgress(Console(file=said, width=200)))
+    watcher = SweepWatcher(prepared, store, LineProgress(Console(file=said, width=200)))
     judge_id = next(iter(prepared.judge_tasks))
     label = next(entry.label for entry in prepared.manifest.runs if judge_id in entry.judge_ids.values())
 
