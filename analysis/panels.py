@@ -60,10 +60,12 @@ def curves(
     zero: bool = False,
     shared_y: bool = True,
     shared_x: bool = False,
+    num_ticks: int = 6,
 ) -> Drawn | None:
     """Columns panel, series, x, y, error (standard error; NaN: none), and maybe low, high. Means with a band: the
     interval from low to high where it is known, else 1.96 errors. ``zero`` draws the line at 0. ``shared_y``: all
-    panels have one scale; else each panel's title says what its scale is. ``shared_x``: all panels show the same x."""
+    panels have one scale; else each panel's title says what its scale is. ``shared_x``: all panels show the same x.
+    ``num_ticks``: of x, at most."""
     found = points.dropna(subset=["y"])
     if found.empty:
         return None
@@ -93,7 +95,7 @@ def curves(
                     zorder=2,
                     **marker,
                 )
-            axes.xaxis.set_major_locator(MaxNLocator(6))
+            axes.xaxis.set_major_locator(MaxNLocator(num_ticks))
             if shared_x:
                 axes.set_xlim(*_padded(found["x"].to_numpy(dtype=float)))
         _labels(figure, x_label, y_label)

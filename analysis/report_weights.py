@@ -38,8 +38,8 @@ def _blocks(results: Results, entry: MeasureEntry, stem: str) -> Iterator[Block]
             yield from drawn_block(
                 f"{stem}_rates{'_of_base' if on_base else ''}",
                 f"Along every direction, {what}",
-                "Over alpha, with bands of 1.96 standard errors; at 0 the model before the edit. Above 0 the behaviour "
-                "of the direction's first pile should become rarer, below 0 more frequent. Where the plain loss or "
+                "Over alpha, with 95 % intervals; at 0 the model before the edit. Above 0 the behaviour of the "
+                "direction's first pile should become rarer, below 0 more frequent. Where the plain loss or "
                 "degeneration rises, the model is damaged and its rates mean little.",
                 partial(figures.rates_by_alpha, chosen, panels),
             )

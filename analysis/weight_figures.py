@@ -16,13 +16,20 @@ from analysis.weight_rows import DELTA
 
 def rates_by_alpha(rows: pd.DataFrame, panels: Sequence[Panel], *, width: Width) -> Drawn | None:
     """Every quantity over alpha, a panel each and a curve per direction. Columns series, alpha, and per panel its name
-    and ``<name>_se``; the model before the edit is the row at alpha 0 of every series."""
+    with ``_se``, ``_low``, ``_high``; the model before the edit is the row at alpha 0 of every series."""
     parts = [
-        rows.assign(panel=panel.title, x=rows["alpha"], y=rows[panel.name], error=rows[f"{panel.name}_se"])
+        rows.assign(
+            panel=panel.title,
+            x=rows["alpha"],
+            y=rows[panel.name],
+            error=rows[f"{panel.name}_se"],
+            low=rows[f"{panel.name}_low"],
+            high=rows[f"{panel.name}_high"],
+        )
         for panel in panels
     ]
-    points = pd.concat(parts)[["panel", "series", "x", "y", "error"]]
-    return curves(points, x_label="alpha", y_label="", width=width, shared_y=False)
+    points = pd.concat(parts)[["panel", "series", "x", "y", "error", "low", "high"]]
+    return curves(points, x_label="alpha", y_label="", width=width, shared_y=False, num_ticks=4)
 
 
 def sizes_by_layer(profile: pd.DataFrame, *, width: Width) -> Drawn | None:
