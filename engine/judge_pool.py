@@ -192,10 +192,10 @@ class JudgePool:
         if self.pending:
             self._collect(ray.wait(list(self.pending), num_returns=len(self.pending), timeout=0)[0])
 
-    def wait_for_one(self, timeout_s: float | None = None) -> None:
-        """Wait until one more judging task has ended, or for so long."""
+    def wait_for_one(self) -> None:
+        """Wait until one more judging task has ended."""
         if self.pending:
-            self._collect(ray.wait(list(self.pending), num_returns=1, timeout=timeout_s)[0])
+            self._collect(ray.wait(list(self.pending), num_returns=1)[0])
 
     def wait(self) -> None:
         """Wait for everything submitted; a task that raised is reported with its error on one line."""

@@ -177,6 +177,15 @@ def prepare(
     judge_gpus = gpus_per_local_judge(execution, machine)
     costs = graph.costs()
     gpus_of_judges = judge_gpus * _num_local_judges(judge_tasks.values())
+    take_turns = is_short_of_gpus(gpus, gpus_of_judges, machine)
+    if take_turns and any(_waits_for_local_judge(job, judge_tasks) for job in asked_jobs.values()):
+        # Tune keeps the process of a trial that is done, with its GPU, until it knows what comes next: for ever, here
+        message = (
+            f"what is made of judged answers waits for its judge, and {machine.num_gpus:g} GPUs are not enough for a "
+            f"trial ({gpus:g}) beside local judges ({gpus_of_judges:g}); let them share (gpus_per_trial: 0.5, "
+            "gpus_per_local_judge: 0.5), or judge on the CPU (gpus_per_local_judge: 0)"
+        )
+        raise ConfigError([Fault("execution.gpus_per_local_judge", message)])
     return Prepared(
         sweep=replace(sweep, results=stores[-1]),
         manifest=Manifest(
@@ -198,7 +207,7 @@ def prepare(
         gpus_per_trial=gpus,
         gpus_per_local_judge=judge_gpus,
         num_steps={entry.run_id: costs[entry.label].num_steps for entry in graph.entries},
-        judges_take_turns=is_short_of_gpus(gpus, gpus_of_judges, machine),
+        judges_take_turns=take_turns,
         proved=proved.kept,
         only=only,
         smoke=smoke,
@@ -217,6 +226,12 @@ def _measures(
     bases = base_targets(sweep, sources, graph.base_jobs.values(), graph.shapes)
     measures.add_all(bases, runs, [] if bases else unsound_targets(sweep, sources), smoke=smoke)
     return measures
+
+
+def _waits_for_local_judge(job: Job, tasks: Mapping[str, JudgeTask]) -> bool:
+    """Whether the job can begin only when a local judge has scored something."""
+    ids = job.judge_ids.values() if isinstance(job, PileJob) else job.judge_ids if isinstance(job, VectorJob) else ()
+    return any(isinstance(tasks[judge_id].metric.asking, LocalMetric) for judge_id in ids if judge_id in tasks)
 
 
 def _num_local_judges(tasks: Iterable[JudgeTask]) -> int:

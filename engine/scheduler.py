@@ -32,7 +32,6 @@ LESS_MEMORY = (
     "lower training.micro_batch_size or data.max_length, set execution.gradient_checkpointing, "
     "or run fewer trials side by side (execution.trials)"
 )
-JUDGEMENT_WAIT_S = 1.0
 
 
 class Watcher(Protocol):
@@ -54,8 +53,8 @@ class Watcher(Protocol):
     def unjudged(self, job_id: str) -> bool | str:
         """Whether judgements that the job needs are still being made; a text says why they cannot be had."""
 
-    def wait_for_judgement(self, timeout_s: float | None) -> None:
-        """Wait until one more judging task has ended, or for so long; there is one under way."""
+    def wait_for_judgement(self) -> None:
+        """Wait until one more judging task has ended; there is one under way."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,8 @@ class _GraphSearcher(StaysInDriver, Searcher):
                 return Searcher.FINISHED
             if self.num_running or not (is_judging or self._has_children_of_lost()):
                 return None
-            if is_judging:  # nothing else is left to do
-                self.watcher.wait_for_judgement(JUDGEMENT_WAIT_S if self.job_of_trial else None)
-                if self.job_of_trial:  # Tune still has to end their processes: a judge may be waiting for their GPU
-                    return None
+            if is_judging:  # nothing else is left to do: Tune would take it for a lack of resources
+                self.watcher.wait_for_judgement()
 
     def _under_way(self) -> list[str]:
         """Waiting jobs that need nothing but vectors which are being made now."""

@@ -106,9 +106,9 @@ class SweepWatcher:
         reasons = (self.failures[judge_id].reason for judge_id in open_ids if judge_id in self.failures)
         return f"needs judgements that could not be made: {next(reasons, 'nobody has said why')}"
 
-    def wait_for_judgement(self, timeout_s: float | None) -> None:
+    def wait_for_judgement(self) -> None:
         assert self.pool is not None
-        self.pool.wait_for_one(timeout_s)
+        self.pool.wait_for_one()
 
     def judging_failed(self, task_id: str, reason: str) -> None:
         self._note(task_id, Failure(kind="failed", reason=reason))

@@ -15,6 +15,7 @@ from engine.machine import (
     cpu_quota,
     gpus_per_local_judge,
     gpus_per_trial,
+    is_short_of_gpus,
     memory_limit_bytes,
     num_trials,
     num_trials_beside,
@@ -209,3 +210,10 @@ class TestLocalJudges:
         assert gpus_per_local_judge(ExecutionConfig(), machine) == 0.0
         (fault,) = resource_faults(ExecutionConfig(gpus_per_local_judge=1), machine)
         assert fault.key == "execution.gpus_per_local_judge"
+
+
+def test_trials_and_local_judges_take_turns_only_where_gpus_are_short() -> None:
+    assert is_short_of_gpus(1, 1, Machine(num_cpus=4, num_gpus=1, memory_gb=8))
+    assert not is_short_of_gpus(0.5, 0.5, Machine(num_cpus=4, num_gpus=1, memory_gb=8))
+    assert not is_short_of_gpus(1, 1, SERVER)
+    assert not is_short_of_gpus(0, 0, LAPTOP)

@@ -15,7 +15,9 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayT
 from ray.tune.error import TuneError
 from ray.tune.search import Searcher
 
+from analysis.judges.local import LocalMetric
 from analysis.vectors import FileVector
+from engine.prepare import _waits_for_local_judge
 from engine.scheduler import LESS_MEMORY, _GraphSearcher, why_failed
 from engine.tasks import AskedTask, SampleTask, VectorJob
 from trainables.base_model import ResolvedBase
@@ -51,8 +53,8 @@ class _Notes:
     def unjudged(self, job_id: str) -> bool | str:
         return self.judging.get(job_id, False)
 
-    def wait_for_judgement(self, timeout_s: float | None) -> None:
-        self.said.append(("waited",) if timeout_s is None else ("waited", f"{timeout_s:g} s at most"))
+    def wait_for_judgement(self) -> None:
+        self.said.append(("waited",))
         self.judging = dict(self.after_waiting)
 
 
@@ -123,17 +125,13 @@ def test_with_nothing_else_to_do_it_waits_for_a_judgement() -> None:
     assert notes.said == [("waited",)]
 
 
-def test_while_processes_of_trials_are_being_ended_it_waits_for_a_moment_only() -> None:
-    """What they hold, a GPU say, a judge may be waiting for: Tune must come to end them."""
-    graph, notes = searcher(job("answers"), judged_job("vector", "answers"))
-    notes.judging = notes.after_waiting = {"vector": True}
-    assert graph.suggest("t1") == {"job": "answers"}
-    graph.finish("t1", None)
-    assert graph.suggest("t2") is None
-    assert notes.said[-1] == ("waited", "1 s at most")
-    notes.after_waiting = {}
-    assert graph.suggest("t2") is None
-    assert graph.suggest("t2") == {"job": "vector"}
+def test_who_waits_for_a_local_judge_is_known_before_anything_starts() -> None:
+    """Where GPUs are not enough for both that would be for ever: Tune keeps the GPU of a trial that has ended."""
+    local: Any = SimpleNamespace(metric=SimpleNamespace(asking=object.__new__(LocalMetric)))
+    rule: Any = SimpleNamespace(metric=SimpleNamespace(asking=None))
+    assert _waits_for_local_judge(judged_job("vector"), {"def": local})
+    assert not _waits_for_local_judge(judged_job("vector"), {"def": rule, "other": local})
+    assert not _waits_for_local_judge(job("vector"), {"def": local})
 
 
 def test_judgements_that_cannot_be_had_skip_the_vector_and_what_needs_it() -> None:
