@@ -68,6 +68,8 @@ class Cap:
     ceiling, floor: a number, or [n] with one per row of ``rows`` (inf, or -inf for the floor, leaves a row as it is);
         None: none. [-tau, tau] is both. Tokens whose projection is allowed keep their values to the bit.
     rows, token_mask: as in ``Add``.
+    spared: a position that keeps its values, the same or [n] int64 with one per row; a pass over a single token, as
+        in the steps of a generation after the first, has none.
     """
 
     layer: int
@@ -76,6 +78,7 @@ class Cap:
     floor: float | torch.Tensor | None = None
     rows: torch.Tensor | None = None
     token_mask: torch.Tensor | None = None
+    spared: int | torch.Tensor | None = None
 
     def apply(self, hidden_btd: torch.Tensor) -> torch.Tensor:
         def cap(hidden_ntd: torch.Tensor) -> torch.Tensor:
@@ -86,6 +89,9 @@ class Cap:
                 target_nt = torch.minimum(target_nt, _bound(self.ceiling, s_nt))
             if self.floor is not None:
                 target_nt = torch.maximum(target_nt, _bound(self.floor, s_nt))
+            if self.spared is not None and s_nt.shape[1] > 1:
+                spared_n1 = torch.as_tensor(self.spared, device=s_nt.device).reshape(-1, 1)
+                target_nt = torch.where(torch.arange(s_nt.shape[1], device=s_nt.device) == spared_n1, s_nt, target_nt)
             return _moved(hidden_ntd, target_nt - s_nt, unit_d, self.token_mask)
 
         return _on_rows(hidden_btd, self.rows, cap)

@@ -8,7 +8,7 @@ share the batch. Prompts are padded on the left and positions count from each ro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -19,7 +19,7 @@ from trainables.config import AddedLater, Config
 from trainables.errors import DataError
 from trainables.interventions import Interventions
 from trainables.randomness import generator
-from trainables.residual_stream import Intervention, residual_stream
+from trainables.residual_stream import Cap, Intervention, residual_stream
 from trainables.rows import GenerationRow
 
 
@@ -82,7 +82,8 @@ def sample_answers(
 ) -> Iterator[list[GenerationRow]]:
     """Yield answers batch by batch: for every question ``config.samples`` of them, in order.
 
-    ``noise_key`` names the run in the sampling noise. ``interventions`` act on every row while sampling.
+    ``noise_key`` names the run in the sampling noise. ``interventions`` act on every row while sampling;
+    a ``Cap`` that spares a position spares each row's first token.
     """
     encoder = ChatEncoder(tokenizer, max_length=2**31)
     jobs = [(question, index) for question in questions for index in range(config.samples)]
@@ -90,7 +91,7 @@ def sample_answers(
         batch = jobs[start : start + batch_size]
         prompts = [encoder.encode_prompt(_messages(question, config)) for question, _ in batch]
         keys = [(noise_key, question.id, index) for question, index in batch]
-        with residual_stream(model, interventions):
+        with residual_stream(model, _placed(interventions, [len(prompt) for prompt in prompts])):
             answers = generate(model, tokenizer, prompts, keys, config)
         yield [
             GenerationRow(
@@ -105,6 +106,15 @@ def sample_answers(
             )
             for (question, index), (tokens, reason) in zip(batch, answers, strict=True)
         ]
+
+
+def _placed(interventions: Sequence[Intervention], lengths: Sequence[int]) -> list[Intervention]:
+    """What spares the first token spares it where it stands in a batch of prompts that are padded on the left."""
+    first_n = torch.tensor([max(lengths) - length for length in lengths])
+    return [
+        replace(one, spared=first_n) if isinstance(one, Cap) and one.spared is not None else one
+        for one in interventions
+    ]
 
 
 def _messages(question: Question, config: SamplingConfig) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from trainables.interventions import (
 )
 from trainables.randomness import generator
 from trainables.residual_stream import Cap, ReadValue, residual_stream
-from trainables.sample import SamplingConfig, generate
+from trainables.sample import Question, SamplingConfig, _placed, generate, sample_answers
 from trainables.shapes import ModelShape, VectorShape
 
 ITEMS: TypeAdapter[Any] = TypeAdapter(Interventions)
@@ -136,7 +137,7 @@ def test_answers_under_a_cap_equal_single_rows_by_hand_and_stay_below_it() -> No
     model = float64_model("llama")
     config = SamplingConfig(max_new_tokens=8)
     attack = InferenceSteering(vector="axis", layers=(1,), coefficient=3.0)
-    cap = capping(ceiling=0.05, floor=-0.05)
+    cap = capping(ceiling=0.05, floor=-0.05, first_token=True)
     changes = [change for item in (attack, cap) for change in item.at_work({"axis": AXIS}, projections)]
     sizes: list[float] = []
     axis_d = AXIS[1] / AXIS[1].norm()
@@ -170,3 +171,37 @@ def test_a_bound_keeps_the_order_of_its_stretch() -> None:
     found = [Bound(percentile=90, stretch=stretch).of(values) for stretch in (0.5, 1, 2)]
     assert found == sorted(found)
     assert Bound(percentile=50).of(values) == pytest.approx(float(values.double().median()))
+
+
+def test_a_spared_position_keeps_its_values_and_no_other_does() -> None:
+    hidden_btd = torch.randn(2, 4, 32, generator=generator("spared"), dtype=torch.float64)
+    cap = Cap(1, AXIS[1], ceiling=0.0, floor=0.0, spared=torch.tensor([0, 2]))
+    axis_d = AXIS[1] / AXIS[1].norm()
+    for change, places in ((cap, [0, 2]), (replace(cap, spared=1), [1, 1])):
+        after = change.apply(hidden_btd)
+        left = (after @ axis_d).abs() > 1e-12
+        assert left.nonzero().tolist() == [[0, places[0]], [1, places[1]]]
+        assert all(torch.equal(after[row, place], hidden_btd[row, place]) for row, place in enumerate(places))
+    alone = hidden_btd[:, :1]
+    assert float((cap.apply(alone) @ axis_d).abs().max()) < 1e-12, "a step of a generation has no first token"
+
+
+def test_the_first_token_is_spared_where_it_stands_whatever_the_padding() -> None:
+    model = float64_model("llama")
+    questions = [Question("a", "Why?"), Question("b", "What is the best way to cook rice, and how long does it take?")]
+
+    def answers(batch_size: int, **fields: Any) -> list[str]:
+        changes = capping(floor=30.0, **fields).at_work({"axis": AXIS}, projections)
+        how: dict[str, Any] = {"sample_id": "s", "noise_key": "n", "batch_size": batch_size, "interventions": changes}
+        found = sample_answers(model, TOKENIZER, questions, SamplingConfig(max_new_tokens=8), **how)
+        return [row.answer for batch in found for row in batch]
+
+    assert answers(2) == answers(1)
+    assert answers(2, first_token=True) == answers(1, first_token=True)
+    spares, all_of_them = caps(tau=0.0)[0], caps(tau=0.0, first_token=True)[0]
+    (placed, same) = _placed([spares, all_of_them], [3, 7])  # of prompts that are padded on the left
+    assert isinstance(placed, Cap)
+    assert isinstance(placed.spared, torch.Tensor)
+    assert placed.spared.tolist() == [4, 0]
+    assert same is all_of_them
+    assert (spares.spared, all_of_them.spared) == (0, None)

@@ -33,6 +33,9 @@ class Capping(InterventionConfig):
     """Clamp from above: in units of activation, or calibrated as ``{percentile: 99, stretch: 1}``."""
     floor: float | Bound | None = None
     """Clamp from below, likewise."""
+    first_token: bool = False
+    """Whether the first token of the conversation is clamped too. In many models its activations are a hundred times as
+    large as those of all others, whatever is said, and clamping them breaks the model."""
     reference: Annotated[str | None, NamesChatFile(), Field(min_length=1)] = None
     """Chat JSONL file for what is calibrated: the untrained base reads it, and the projections of its response tokens
     are counted."""
@@ -89,7 +92,8 @@ class Capping(InterventionConfig):
                 raise DataError(
                     f"layer {layer}: the ceiling, {ceiling:g}, lies below the floor, {floor:g}; nothing is between them"
                 )
-            caps.append(Cap(layer=layer, direction=vector[layer], ceiling=ceiling, floor=floor))
+            spared = None if self.first_token else 0
+            caps.append(Cap(layer=layer, direction=vector[layer], ceiling=ceiling, floor=floor, spared=spared))
         return caps
 
     def _bounds(self, projections_n: torch.Tensor | None) -> tuple[float | None, float | None]:
