@@ -10,15 +10,20 @@ CPU, wall time on a GPU); memory is the peak above the loaded model, each in a p
 - ``naive_over_ours``: transformers' hidden states and ``autograd.grad``, two conditions one after the other, over ours
 - ``packed_conditions_speedup``: four conditions one by one, over the four in shared batches
 - ``peak_memory_8_over_1_vectors``, ``peak_memory_all_over_one_layer``: as named
-- ``two_actors_speedup``: one process with the samples, over two processes with half of them each (wall time)
+- ``two_actors_speedup``: ``shiftgrad measure`` with one trial over the same with two side by side (wall time of a
+  shard, through Ray and the store, once every trial holds its model); ``two_actors_whole``: of the whole command
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import io
 import json
 import multiprocessing
 import platform
+import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,12 +31,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 from interleaved import Clock, Ratio, Stepper, interleave
+from rich.console import Console
 
 from analysis.conditions import NOTHING, Condition, Steering
 from analysis.gradients import gradient_rows
 from analysis.measured_batches import Item, Measured, aligned_items, batches
-from analysis.vectors import random_like
+from analysis.vectors import Vector, random_like
+from engine.run import run_sweep
 from trainables.base_model import BaseConfig, LoadedBase, load_base, load_tokenizer, resolve_base
 from trainables.loss import head_is_plain_linear
 from trainables.model_parts import decoder_layers
@@ -44,6 +52,7 @@ MAX_LENGTH = 512
 BATCH_TOKENS = 512  # 64 samples make about twenty batches, so that every sample is measured about once
 NUM_SAMPLES = 64
 NUM_VECTORS = 8
+ROWS_PER_SHARD = 4
 PARTS = ("memory", "readout_over_bare", "naive_over_ours", "packed_conditions_speedup", "two_actors_speedup")
 SHAPES: dict[str, dict[str, Any]] = {
     "random:qwen2.5-7b": {
@@ -259,20 +268,6 @@ def _status_bytes(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def wall_seconds(model: str, device: str, shard: Sequence[int], go: Any) -> float:
-    """Time to measure these samples once all processes are loaded."""
-    torch.set_num_threads(1)
-    work = Work(model, torch.device(device), NUM_SAMPLES)
-    rows = [work.rows[index] for index in shard]
-    work.measure(rows[:1], [NOTHING], work.layers)
-    go.wait()
-    started = time.perf_counter()
-    work.measure(rows, [NOTHING], work.layers)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def _in_process(function: Callable[..., float], connection: Any, *arguments: Any) -> None:
     connection.send(function(*arguments))
 
@@ -294,21 +289,72 @@ def in_processes(function: Callable[..., float], calls: Sequence[tuple[Any, ...]
     return values
 
 
-def two_processes(model: str, device: str, rounds: int) -> Iterator[float]:
-    """Speedup of two processes with half of the samples each over one with all, once per round."""
-    context = multiprocessing.get_context("spawn")
-    everything = list(range(NUM_SAMPLES))
-    for _ in range(rounds):
-        (alone,) = in_processes(wall_seconds, [(model, device, everything, context.Barrier(1))])
-        go = context.Barrier(2)
-        halves = in_processes(wall_seconds, [(model, device, everything[part::2], go) for part in (0, 1)])
-        yield alone / max(halves)
+class Shards:
+    """A sweep that only measures, in a folder of its own: all samples, layers and vectors, cut into small shards."""
+
+    def __init__(self, folder: Path, model: str, device: str, num_samples: int) -> None:
+        self.folder, self.rounds = folder, 0
+        if model in SHAPES:  # a sweep file names a base by a folder
+            base = load(model, torch.device(device))
+            base.model.save_pretrained(folder / "model")
+            base.tokenizer.save_pretrained(folder / "model")
+            model = str(folder / "model")
+            del base
+            gc.collect()
+            torch.cuda.empty_cache()  # the trials need the room
+        shape = resolve_base(BaseConfig(model=model), cuda=device == "cuda")[1]
+        vector = Vector(torch.ones(shape.num_layers + 1, shape.hidden_size), "pre_norm", "", "")
+        (folder / "ones.safetensors").write_bytes(vector.to_bytes())
+        rows = (json.dumps({"messages": row}) + "\n" for row in samples(num_samples))
+        (folder / "rows.jsonl").write_text("".join(rows))
+        names = [f"v{number}" for number in range(NUM_VECTORS)]
+        content: dict[str, Any] = {
+            "name": "shards",
+            "base": {"model": model},
+            "data": {"train": str(folder / "rows.jsonl"), "max_length": MAX_LENGTH},
+            "vectors": {"ones": {"file": str(folder / "ones.safetensors")}}
+            | {name: {"random_like": "ones", "seed": 0} for name in names},
+            "measure": {"all": {"kind": "gradients", "vectors": names, "rows_per_shard": ROWS_PER_SHARD}},
+        }
+        if device == "cuda":
+            content["execution"] = {"gpus_per_trial": 0.5}
+        (folder / "sweep.yaml").write_text(yaml.safe_dump(content))
+
+    def seconds(self, num_trials: int) -> tuple[float, float]:
+        """Seconds per shard once every trial has done about one, and of the whole command with Ray's start and the
+        loading of models; in a new store."""
+        self.rounds += 1
+        store = self.folder / f"store{self.rounds}"
+        started = time.perf_counter()
+        overrides = [f"results={store}", f"execution.trials={num_trials}"]
+        outcome = run_sweep(
+            self.folder / "sweep.yaml", overrides, console=Console(file=io.StringIO()), measure_only=True
+        )
+        whole = time.perf_counter() - started
+        assert not outcome.failures, outcome.failures
+        published = sorted(table.stat().st_mtime for table in (store / "tables" / "gradients").glob("*.parquet"))
+        return (published[-1] - published[num_trials - 1]) / (len(published) - num_trials), whole
+
+
+def two_actors(model: str, device: str, num_samples: int, rounds: int) -> Iterator[tuple[float, float]]:
+    """How much faster two trials at once are than one, once per round: by shards, and by the whole command."""
+    with tempfile.TemporaryDirectory() as folder:
+        shards = Shards(Path(folder), model, device, num_samples)
+        print(f"by Ray, {num_samples} samples in shards of {ROWS_PER_SHARD}:", flush=True)
+        for number in range(rounds):
+            order = (1, 2) if number % 2 == 0 else (2, 1)
+            taken = {num_trials: shards.seconds(num_trials) for num_trials in order}
+            print(f"  one trial {taken[1][0]:.2f} s a shard, two {taken[2][0]:.2f} s", flush=True)
+            yield taken[1][0] / taken[2][0], taken[1][1] / taken[2][1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=20, help="timed batches of each kind (20)")
-    parser.add_argument("--processes", type=int, default=3, help="rounds of one process against two (3); 0: none")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of one trial against two (3)")
+    parser.add_argument(
+        "--samples", type=int, default=NUM_SAMPLES, help=f"samples for these ({NUM_SAMPLES}; at least 9)"
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the figures (all)")
     parser.add_argument("--model", default=EMBEDDED, help=f"a base, or one of {', '.join(SHAPES)}")
     options = parser.parse_args()
@@ -321,14 +367,16 @@ def main() -> None:
 
     if "memory" in options.only:
         figures |= memory_figures(options.model, name)
-    for ratio in times(Work(options.model, device, NUM_SAMPLES), options.pairs, options.only):
-        print(ratio.line(1.10 if ratio.name == "readout_over_bare" else None), flush=True)
-        figures |= {ratio.name: ratio.median, f"{ratio.name}_low": ratio.low, f"{ratio.name}_high": ratio.high}
+    if set(options.only) - {"memory", "two_actors_speedup"}:
+        for ratio in times(Work(options.model, device, NUM_SAMPLES), options.pairs, options.only):
+            print(ratio.line(1.10 if ratio.name == "readout_over_bare" else None), flush=True)
+            figures |= {ratio.name: ratio.median, f"{ratio.name}_low": ratio.low, f"{ratio.name}_high": ratio.high}
 
-    if options.processes and "two_actors_speedup" in options.only:
-        speedups = sorted(two_processes(options.model, name, options.processes))
-        figures["two_actors_speedup"] = speedups[len(speedups) // 2]
-        print(f"two_actors_speedup {figures['two_actors_speedup']:.3f}   of {[round(one, 3) for one in speedups]}")
+    if "two_actors_speedup" in options.only:
+        found = list(two_actors(options.model, name, options.samples, options.rounds))
+        for key, speedups in zip(("two_actors_speedup", "two_actors_whole"), zip(*found, strict=True), strict=True):
+            figures[key] = statistics.median(speedups)
+            print(f"{key:<32}{figures[key]:7.3f}   of {[round(one, 3) for one in sorted(speedups)]}", flush=True)
     print(json.dumps({key: round(value, 4) for key, value in figures.items()}))
 
 
