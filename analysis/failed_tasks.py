@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pandas as pd
 
-from analysis.manifest import Failure, Manifest, vector_key
+from analysis.manifest import Failure, Manifest, pile_key, vector_key
 from analysis.row_tasks import measurement_keys, tasks_of
 
 COLUMNS = ("run", "run_id", "task", "task_id", "kind", "reason", "log_tail")
@@ -42,6 +42,12 @@ def _tasks(manifest: Manifest) -> Iterator[tuple[str, Sequence[str], str | None,
         yield asked.sample_id, (), None, None, f"answers for {what}"
         for metric, judge_id in asked.judge_ids.items():
             yield judge_id, (), None, None, f"judge {metric} of {what}"
+    for pile in manifest.piles:
+        yield pile.sample_id, (), pile.run, None, "answers for piles"
+        for metric, judge_id in pile.judge_ids.items():
+            yield judge_id, (), pile.run, None, f"judge {metric} of answers for piles"
+        for shard_id in pile.shard_ids:
+            yield shard_id, (pile_key(shard_id),), pile.run, None, f"pile {pile.name}"
 
 
 def _row(

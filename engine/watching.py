@@ -126,6 +126,10 @@ class SweepWatcher:
             for metric, judge_id in asked.judge_ids.items():
                 if judge_id == task_id:
                     return f"vector {asked.vector}, {asked.about}, judge of {metric}"
+        for pile in self.prepared.manifest.piles:
+            for metric, judge_id in pile.judge_ids.items():
+                if judge_id == task_id:
+                    return f"{pile.run}, answers for piles, judge of {metric}"
         return task_id
 
     def publish_failures(self) -> None:

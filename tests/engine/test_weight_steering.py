@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import engine.work
 from analysis.loading import default_device
 from analysis.losses import response_losses
-from analysis.manifest import RunEntry, adapter_key
+from analysis.manifest import RunEntry, adapter_key, failures_key
 from analysis.results import Results, load
 from analysis.weight_space import MeanGradient, chosen_parameters, edited, gradient_sum
 from analysis.weight_space.files import read_pile, read_sum
@@ -370,6 +370,23 @@ def test_an_empty_pile_is_told_with_the_counts_of_all(
         DataError, match=r"the pile 'both' is empty.*of 8 answers the piles hold with \d, without \d, both 0"
     ):
         work.run(bare.id, lambda **_: None)
+
+
+def test_a_pile_that_failed_is_named_and_what_rests_on_it_skipped(sweep: TinySweep) -> None:
+    prepared = sweep.prepare()
+    store = Store.open(prepared.sweep.results, create=True)
+    write_sweep(prepared, store)
+    pile = prepared.manifest.piles[0]
+    row = entries(prepared)["tuned +0.5 plain"]
+    failures = {
+        pile.shard_ids[0]: {"kind": "failed", "reason": "the pile 'with' is empty"},
+        row.sample_id: {"kind": "skipped", "reason": "needs pile with of tuned 1/3, which failed"},
+    }
+    store.publish_json(failures_key("tiny"), failures)
+    results = load(store.root / "sweeps" / "tiny")
+    told = results.failures().set_index("task_id")
+    assert tuple(told.loc[pile.shard_ids[0], ["run", "task"]]) == ("tuned", "pile with")
+    assert results.run("tuned +0.5 plain").status == "skipped"
 
 
 def test_every_fault_is_told_at_once(sweep: TinySweep) -> None:
