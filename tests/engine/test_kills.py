@@ -45,6 +45,16 @@ IN_A_TRIAL = [
     "after_publish:generations",
     "after_publish:losses",
 ]
+FAMILY = """\
+  - {label: pre, defense: none}
+  - {label: child, defense: none, seed: 1, start_from: {run: pre, adapter: merge}}
+"""
+IN_A_FAMILY = [  # failpoint, and which of the two it is reached by
+    ("after_publish:run", "pre"),
+    ("after_publish:losses", "pre"),
+    ("after_step:1", "child"),
+    ("before_publish:run", "child"),
+]
 IN_A_JUDGE = ["before_publish:scores", "after_publish:scores"]
 IN_A_TRAINING = [  # with a checkpoint every 2 steps: failpoint, after which step it went on, steps that it did
     ("before_publish:checkpoint", None, [1, 2]),
@@ -136,6 +146,23 @@ def test_kills_at_every_failpoint_one_after_another_lose_nothing_but_time(folder
     code, printed = run_to_end(folder, store)
     assert code == 0, printed
     assert_same_results(results_of(store), undisturbed)
+
+
+def test_kills_of_a_run_and_of_one_that_starts_from_it_lose_nothing_but_time(tmp_path: Path) -> None:
+    write_tiny_sweep(tmp_path, runs=FAMILY, extra=EXECUTION)
+    store = tmp_path / "killed"
+    for failpoint, reached in IN_A_FAMILY:
+        code, printed = run_here(tmp_path, store, failpoint)
+        assert code == 3, f"{failpoint}: {printed}"
+        assert "process died" in printed, failpoint
+        runs = results_of(store).runs().set_index("run")
+        if reached == "pre":
+            assert (runs["status"]["child"], runs["reason"]["child"]) == ("skipped", "needs pre, which failed")
+    code, printed = run_to_end(tmp_path, store)
+    assert code == 0, printed
+    code, printed = run_to_end(tmp_path, tmp_path / "undisturbed")
+    assert code == 0, printed
+    assert_same_results(results_of(store), results_of(tmp_path / "undisturbed"))
 
 
 def test_kills_of_the_judge_lose_nothing_but_time(folder: Path, undisturbed: Results) -> None:
