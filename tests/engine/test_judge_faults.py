@@ -32,7 +32,7 @@ def metrics(**named: Any) -> dict[str, Any]:
         (
             {"judge": "opnai"},
             "judge",
-            "unknown judge 'opnai'; did you mean openai? allowed: rule, degeneration, openai",
+            "unknown judge 'opnai'; did you mean openai? allowed: rule, known_answer, degeneration, openai",
         ),
         (OPENAI | {"modl": "x"}, "modl", "unknown key; did you mean model? allowed: judge, trait, prompt, model"),
         (OPENAI | {"scale": "0-10"}, "scale", "must be '0-100' or 'yes-no'; got '0-10'; did you mean 0-100?"),

@@ -18,10 +18,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
+    """Nothing is ignored, as it would be in tests that a script started in the background or with nohup."""
+    outside = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     yield
     after = {signum: signal.getsignal(signum) for signum in SIGNALS}
-    for signum, handler in before.items():
+    for signum, handler in outside.items():
         signal.signal(signum, handler)
     assert after == before, "put back"
 

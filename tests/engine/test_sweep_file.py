@@ -163,6 +163,8 @@ class TestMeaning:
     def test_execution(self, files: Files) -> None:
         settings = {
             "trials": 2,
+            "pack": 4,
+            "packing": "fast",
             "cpus_per_trial": 3,
             "gpus_per_trial": 0.5,
             "gpus_per_local_judge": 1,
@@ -176,6 +178,8 @@ class TestMeaning:
         assert files.load(minimal(execution=settings)).execution == ExecutionConfig(**settings)
         assert ExecutionConfig().model_dump() == {
             "trials": "auto",
+            "pack": 1,
+            "packing": None,
             "cpus_per_trial": 1,
             "gpus_per_trial": "auto",
             "gpus_per_local_judge": "auto",
