@@ -1,10 +1,10 @@
-"""A cluster of two nodes: one is lost while runs train, another one while they are measured.."""
+"""A cluster of two nodes: one is lost while runs train, another one while they are measured."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,12 @@ def test_nodes_that_are_lost_cost_nothing_but_time(tmp_path: Path, cluster: Any)
             cluster.remove_node(node, allow_graceful=False)
             seen.append(what)
 
-    def lose_both() -> None:
+    with ThreadPoolExecutor(1) as pool:  # nodes can be added by the main thread alone
+        run = pool.submit(run_to_end, tmp_path, store, overrides=[*OVERRIDES, "--address", cluster.address])
         # one trial on either node, each with a checkpoint
         lose("training", node, lambda: len(steps := steps_of_each_run(store)) == 2 and min(steps) >= 2)
         lose("measuring", cluster.add_node(**NODE), lambda: 2 <= num_measured(store) < NUM_SHARDS)
-
-    losing = threading.Thread(target=lose_both)
-    losing.start()
-    code, printed = run_to_end(tmp_path, store, overrides=[*OVERRIDES, "--address", cluster.address])
-    losing.join()
+        code, printed = run.result()
     assert seen == ["training", "measuring"], printed
     if code == 3:  # a judge may have been on a node that was lost
         code, printed = run_to_end(tmp_path, store, overrides=[*OVERRIDES, "--address", cluster.address])
