@@ -205,7 +205,7 @@ class Graph:
     ) -> tuple[SampleTask, dict[str, str]]:
         """A run's answers to its evaluation, and their judgements by some of its metrics."""
         sample = self._sample(run_id, sound)
-        return sample, {name: self._judge(run_id, sample.id, metric) for name, metric in metrics.items()}
+        return sample, self._judge(run_id, sample.id, metrics)
 
     def asked_too(
         self,
@@ -223,7 +223,7 @@ class Graph:
         job = self.run_jobs[run_id]
         if sample.id not in [known.id for known in job.samples]:
             self.run_jobs[run_id] = job.model_copy(update={"samples": (*job.samples, sample)})
-        return sample, {name: self._judge(run_id, sample.id, metric) for name, metric in metrics.items()}
+        return sample, self._judge(run_id, sample.id, metrics)
 
     def add_edited(
         self,
@@ -298,8 +298,7 @@ class Graph:
         config: dict[str, Scalar],
         start: Start = FROM_BASE,
     ) -> RunEntry:
-        sample = self._sample(run_id, sound)
-        judge_ids = {name: self._judge(run_id, sample.id, metric) for name, metric in sound.found.metrics.items()}
+        sample, judge_ids = self.judged(sound, run_id, sound.found.metrics)
         return RunEntry(
             label=label,
             kind=kind,
@@ -313,10 +312,13 @@ class Graph:
             scales={name: metric.bounds for name, metric in sound.found.metrics.items()},
         )
 
-    def _judge(self, run_id: str, sample_id: str, metric: MetricConfig) -> str:
-        judge_id = task_id(JudgeTask.identity(sample_id, metric))
-        self.judge_tasks[judge_id] = JudgeTask(id=judge_id, sample_id=sample_id, run_id=run_id, metric=metric)
-        return judge_id
+    def _judge(self, run_id: str, sample_id: str, metrics: Mapping[str, MetricConfig]) -> dict[str, str]:
+        judge_ids = {name: task_id(JudgeTask.identity(sample_id, metric)) for name, metric in metrics.items()}
+        for name, judge_id in judge_ids.items():
+            self.judge_tasks[judge_id] = JudgeTask(
+                id=judge_id, sample_id=sample_id, run_id=run_id, metric=metrics[name]
+            )
+        return judge_ids
 
     def _job(self, jobs: dict[str, RunJob], sound: SoundCell, run_id: str, label: str, train: TrainTask | None) -> None:
         """One job per run: cells that differ in their evaluation alone share the training."""

@@ -20,6 +20,7 @@ from analysis.manifest import run_key, tensors_key, vector_key
 from analysis.measurements import MeasurementConfig, ModelMeasurement, SyntheticAxes
 from analysis.tables import table_key
 from analysis.vectors import VectorConfig
+from engine.jobs import StoredJob
 from engine.weight_jobs import EditTask, PileJob, ProfileJob
 from trainables.base_model import ResolvedBase
 from trainables.chat_data import DataConfig
@@ -223,7 +224,7 @@ class AskedTask(Config):
         return [self.sample.id, self.judge_ids]
 
 
-class AnswersJob(Config):
+class AnswersJob(StoredJob):
     """What one trial does to get answers that a vector is made of: sample one task from the untrained base."""
 
     id: str  # of the sampling task
@@ -240,11 +241,8 @@ class AnswersJob(Config):
         """Ids of what the job does, each with the key of what it makes."""
         return ((self.id, table_key("generations", self.sample.id)),)
 
-    def outputs(self) -> tuple[str, ...]:
-        return tuple(key for _, key in self.tasks())
 
-
-class VectorJob(Config):
+class VectorJob(StoredJob):
     """Makes one vector."""
 
     id: str
@@ -269,11 +267,8 @@ class VectorJob(Config):
         """Ids of what the job does, each with the key of what it makes."""
         return ((self.id, vector_key(self.id)),)
 
-    def outputs(self) -> tuple[str, ...]:
-        return tuple(key for _, key in self.tasks())
 
-
-class RunJob(Config):
+class RunJob(StoredJob):
     """What one trial does for one run: train (not for a base, or a model whose weights are moved), sample, measure the
     loss on plain answers.
 
@@ -320,12 +315,8 @@ class RunJob(Config):
         """What a server is asked for once the job is done."""
         return tuple(AnswerTask(sample=task, run_id=self.id) for task in self.samples if task.endpoint is not None)
 
-    def outputs(self) -> tuple[str, ...]:
-        """Keys that exist when the job is done."""
-        return tuple(key for _, key in self.tasks())
 
-
-class MeasureJob(Config):
+class MeasureJob(StoredJob):
     """Measures one shard: some rows of a data file, read by one model."""
 
     id: str
@@ -359,11 +350,8 @@ class MeasureJob(Config):
         keys = [table_key(table, self.id) for table in self.measurement.tables]
         return tuple((self.id, key) for key in [*keys, *([tensors_key(self.id)] * self.measurement.has_tensors)])
 
-    def outputs(self) -> tuple[str, ...]:
-        return tuple(key for _, key in self.tasks())
 
-
-class StudyJob(Config):
+class StudyJob(StoredJob):
     """Computes one shard of a study: some of its cells. No model is read."""
 
     id: str
@@ -389,11 +377,8 @@ class StudyJob(Config):
         """The shard, once for each key that it makes."""
         return tuple((self.id, table_key(table, self.id)) for table in self.measurement.tables)
 
-    def outputs(self) -> tuple[str, ...]:
-        return tuple(key for _, key in self.tasks())
 
-
-class MergeJob(Config):
+class MergeJob(StoredJob):
     """Makes something of all shards of one measurement of one model."""
 
     id: str
@@ -418,9 +403,6 @@ class MergeJob(Config):
 
     def tasks(self) -> tuple[tuple[str, str], ...]:
         return tuple((self.id, table_key(table, self.id)) for table in self.measurement.merged_tables)
-
-    def outputs(self) -> tuple[str, ...]:
-        return tuple(key for _, key in self.tasks())
 
 
 Job: TypeAlias = AnswersJob | VectorJob | RunJob | MeasureJob | StudyJob | MergeJob | PileJob | ProfileJob

@@ -11,6 +11,7 @@ from analysis.manifest import pile_key
 from analysis.tables import table_key
 from analysis.weight_space.config import PileGradientConfig
 from analysis.weight_space.directions import DirectionConfig
+from engine.jobs import StoredJob
 from trainables.base_model import ResolvedBase
 from trainables.config import Config, recipe_of
 
@@ -20,7 +21,7 @@ PROFILE_SEMANTICS = 1
 PROFILE_TABLES = ("weight_profiles", "weight_sizes")
 
 
-class PileJob(Config):
+class PileJob(StoredJob):
     """Sums the gradients of one shard of a pile: of those of some answers of a finetuned run that belong to it."""
 
     id: str
@@ -71,9 +72,6 @@ class PileJob(Config):
         """Ids of what the job does, each with the key of what it makes."""
         return ((self.id, pile_key(self.id)),)
 
-    def outputs(self) -> tuple[str, ...]:
-        return tuple(key for _, key in self.tasks())
-
 
 _NOT_IN_RECIPE = ("reference", "answers_per_shard")  # the recipe holds what comes of them
 
@@ -103,7 +101,7 @@ class EditTask(Config):
         return (self.finetuned_id, *dict.fromkeys((*self.of_ids, *self.minus_ids)))
 
 
-class ProfileJob(Config):
+class ProfileJob(StoredJob):
     """Sizes, by layer and module, of what a finetuning changed and of the directions of its piles."""
 
     id: str
@@ -127,9 +125,6 @@ class ProfileJob(Config):
 
     def tasks(self) -> tuple[tuple[str, str], ...]:
         return tuple((self.id, table_key(table, self.id)) for table in PROFILE_TABLES)
-
-    def outputs(self) -> tuple[str, ...]:
-        return tuple(key for _, key in self.tasks())
 
 
 def direction_recipe(

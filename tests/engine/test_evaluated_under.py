@@ -10,11 +10,9 @@ import pytest
 
 from analysis.results import load
 from engine.prepare import Prepared
-from engine.run import write_sweep
-from engine.store import Store
 from engine.tasks import RunJob
-from engine.work import SweepWork
 from tests.engine.tiny_prepare import TinySweep, ids, tiny_model_folder
+from tests.engine.tiny_work import work_in
 
 CAP: dict[str, Any] = {
     "kind": "capping",
@@ -111,9 +109,7 @@ def test_the_work_is_done_under_them(sweep: TinySweep, tmp_path: Path) -> None:
     items = [{"grid": ["none", STEER]}, {"grid": ["none", CAP]}]
     sweep.raw["axes"] = {"evaluation.interventions": {"grid": [items]}}
     prepared = sweep.prepare()
-    store = Store.open(tmp_path / "store", create=True)
-    write_sweep(prepared, store)
-    work = SweepWork(store, dict(prepared.jobs), "cpu", 1, 0, False)
+    work = work_in(prepared, tmp_path / "store")
     for job_id in prepared.jobs:
         work.run(job_id, lambda **_: None)
     results = load(tmp_path / "store" / "sweeps" / "tiny")

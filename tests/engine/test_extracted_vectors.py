@@ -17,12 +17,12 @@ from engine.collect import find_garbage
 from engine.judge_costs import judge_costs
 from engine.judging import judge_task
 from engine.prepare import Prepared
-from engine.run import Outcome, run_sweep, write_sweep
+from engine.run import Outcome, run_sweep
 from engine.store import Store
 from engine.tasks import AnswersJob, VectorJob
-from engine.work import SweepWork
 from tests.engine.tiny_prepare import TinySweep, tiny_model_folder
 from tests.engine.tiny_sweep import write_tiny_sweep
+from tests.engine.tiny_work import work_in
 from trainables.base_model import load_base
 from trainables.chat_data import ChatEncoder
 from trainables.errors import StoreError
@@ -171,14 +171,8 @@ class TestMadeWithoutRay:
         sweep.raw["runs"] = [{"defense": {"kind": "pps", "vector": "topic", "layer": 2, "coefficient": 0.5}}]
         return sweep.prepare("training.max_steps=1", "evaluation.max_new_tokens=2")
 
-    def work(self, prepared: Prepared, folder: Path) -> SweepWork:
-        store = Store.open(folder, create=True)
-        write_sweep(prepared, store)
-        jobs = dict(prepared.jobs)
-        return SweepWork(store=store, jobs=jobs, device="cpu", threads=1, zero_stage=0, gradient_checkpointing=False)
-
     def test_from_answers_to_the_vector(self, prepared: Prepared, tmp_path: Path) -> None:
-        work = self.work(prepared, tmp_path / "store")
+        work = work_in(prepared, tmp_path / "store")
         store, vector_id = work.store, prepared.manifest.vectors["topic"]
         vector_job = prepared.jobs[vector_id]
         assert isinstance(vector_job, VectorJob)
@@ -220,7 +214,7 @@ class TestMadeWithoutRay:
         assert f"{len(rows)} of 18 rows are left" in store.read(f"vectors/{vector_id}.log").decode()
 
     def test_what_each_judge_would_keep(self, prepared: Prepared, tmp_path: Path) -> None:
-        work = self.work(prepared, tmp_path / "store")
+        work = work_in(prepared, tmp_path / "store")
         for job in prepared.jobs.values():
             if isinstance(job, AnswersJob):
                 work.run(job.id, lambda **_: None)

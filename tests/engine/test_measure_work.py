@@ -29,13 +29,12 @@ from engine.collect import find_garbage
 from engine.look import status_view
 from engine.predict_view import predict_view
 from engine.prepare import Prepared, prepare
-from engine.run import write_sweep
 from engine.store import Store
 from engine.tasks import MeasureJob
-from engine.work import SweepWork
 from tests.engine.finished import write_finished
 from tests.engine.test_measure_tasks import BEFORE
 from tests.engine.tiny_prepare import MACHINE, TinySweep, tiny_model_folder
+from tests.engine.tiny_work import work_in
 from trainables.errors import ConfigError
 
 
@@ -48,21 +47,8 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> TinySweep:
     return sweep
 
 
-def work_of(prepared: Prepared, folder: Path) -> SweepWork:
-    store = Store.open(folder, create=True)
-    write_sweep(prepared, store)
-    return SweepWork(
-        store=store,
-        jobs=dict(prepared.jobs),
-        device="cpu",
-        threads=1,
-        zero_stage=0,
-        gradient_checkpointing=False,
-    )
-
-
 def do_all(prepared: Prepared, folder: Path) -> Store:
-    work = work_of(prepared, folder)
+    work = work_in(prepared, folder)
     for job_id in prepared.jobs:
         work.run(job_id, lambda **_: None)
     return work.store
@@ -117,7 +103,7 @@ def test_a_shard_that_is_done_is_not_done_again(sweep: TinySweep, tmp_path: Path
     tables = [table_key(table, shard) for shard in (first, second) for table in ("gradients", "losses")]
     before = {key: (store.read(key), store.path(key).stat().st_mtime_ns) for key in tables}
     store.remove(tables[-1])  # as after a kill between its two tables
-    work = work_of(prepared, tmp_path / "store")
+    work = work_in(prepared, tmp_path / "store")
     for shard in (first, second):
         work.run(shard, lambda **_: None)
     after = {key: (store.read(key), store.path(key).stat().st_mtime_ns) for key in tables}
@@ -130,7 +116,7 @@ def test_a_shard_that_is_done_is_not_done_again(sweep: TinySweep, tmp_path: Path
 def test_what_is_missing_is_said(sweep: TinySweep, done: Results, tmp_path: Path) -> None:
     assert list(done.measurements()["status"]) == ["done"]
     prepared = sweep.prepare()
-    work = work_of(prepared, tmp_path / "store")
+    work = work_in(prepared, tmp_path / "store")
     vectors = [job_id for job_id, job in prepared.jobs.items() if not isinstance(job, MeasureJob)]
     shards = [job_id for job_id in prepared.jobs if job_id not in vectors]
     for job_id in [*vectors, shards[0]]:

@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 
 from analysis.results import load
-from engine.run import write_sweep
-from engine.store import Store
 from engine.tasks import RunJob, TrainTask
-from engine.work import SweepWork
 from tests.engine.tiny_prepare import TinySweep, tiny_model_folder
+from tests.engine.tiny_work import work_in
 from trainables.defenses import Ablation, Inoculation
 
 
@@ -110,11 +108,7 @@ def test_a_trial_leaves_penalties_and_what_was_watched_under_the_names_of_the_sw
     ]
     sweep.raw["training"]["watch"] = {"vectors": ["topic"], "layers": [2]}
     prepared = sweep.prepare("training.max_steps=2", "evaluation.samples=1", "evaluation.max_new_tokens=2")
-    store = Store.open(sweep.folder / "store", create=True)
-    write_sweep(prepared, store)
-    work = SweepWork(
-        store=store, jobs=dict(prepared.jobs), device="cpu", threads=1, zero_stage=0, gradient_checkpointing=False
-    )
+    work = work_in(prepared, sweep.folder / "store")
     for job_id in prepared.jobs:
         work.run(job_id, lambda **_: None)
     results = load(sweep.folder / "store" / "sweeps" / "tiny")

@@ -13,10 +13,8 @@ import engine.train_work
 from analysis.manifest import adapter_key, run_key
 from engine.pack_work import told
 from engine.prepare import Prepared
-from engine.run import write_sweep
-from engine.store import Store
-from engine.work import SweepWork
 from tests.engine.tiny_prepare import TinySweep, entries, tiny_model_folder
+from tests.engine.tiny_work import work_in
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -31,20 +29,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
         {"defense": "none", "label": "bursting", "training": bursting},
     ]
     return sweep.prepare()
-
-
-def work_in(prepared: Prepared, folder: Path, **how: Any) -> SweepWork:
-    store = Store.open(folder, create=True)
-    write_sweep(prepared, store)
-    return SweepWork(
-        store=store,
-        jobs=dict(prepared.jobs),
-        device="cpu",
-        threads=1,
-        zero_stage=0,
-        gradient_checkpointing=False,
-        **how,
-    )
 
 
 def ids_of(prepared: Prepared, *labels: str) -> list[str]:

@@ -17,13 +17,13 @@ from analysis.manifest import adapter_key, run_key
 from analysis.results import load
 from engine.look import find_run, show_view
 from engine.prepare import Prepared
-from engine.run import write_sweep
 from engine.serving import merged_runs, vllm_commands
 from engine.show import plan_table, total_cost
 from engine.store import Store
 from engine.tasks import MeasureJob, RunJob, Start, TrainTask
-from engine.work import SweepWork, _loaded
+from engine.work import _loaded
 from tests.engine.tiny_prepare import TinySweep, entries, ids, tiny_model_folder
+from tests.engine.tiny_work import work_in, work_on
 from trainables.base_model import load_base, load_tokenizer
 from trainables.chat_data import ChatEncoder
 from trainables.errors import ConfigError, StoreError
@@ -218,15 +218,11 @@ def family(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Prepared:
 
 def do(prepared: Prepared, folder: Path, *labels: str) -> Store:
     """The jobs of these labels, all if none is given, in one process as trials do them one after another."""
-    store = Store.open(folder, create=True)
-    write_sweep(prepared, store)
-    work = SweepWork(
-        store=store, jobs=dict(prepared.jobs), device="cpu", threads=1, zero_stage=0, gradient_checkpointing=False
-    )
+    work = work_in(prepared, folder)
     for job in prepared.jobs.values():
         if not labels or job.label in labels:
             work.run(job.id, lambda **_: None)
-    return store
+    return work.store
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +253,7 @@ def plain_loss(model: Any, prepared: Prepared, store: Store, label: str) -> list
     (measured,) = job.losses
     encoder = ChatEncoder(load_tokenizer(job.base), measured.max_length)
     losses = []
-    for row in SweepWork(store, prepared.jobs, "cpu", 1, 0, False).rows(measured.content):
+    for row in work_on(prepared, store).rows(measured.content):
         encoded = encoder.encode(row)
         ids = torch.tensor([encoded.input_ids])
         labels = torch.where(torch.tensor([encoded.response_mask]), ids, -100)

@@ -29,6 +29,7 @@ from engine.store import Store
 from engine.weight_jobs import PileJob, ProfileJob
 from engine.work import SweepWork
 from tests.engine.tiny_prepare import TinySweep, changed, entries, ids, tiny_model_folder
+from tests.engine.tiny_work import work_on
 from trainables.base_model import load_base
 from trainables.chat_data import ChatEncoder
 from trainables.errors import ConfigError, DataError
@@ -69,22 +70,11 @@ def sweep(tmp_path: Path, model: Path) -> TinySweep:
     return steered(tmp_path / "sweep", model)
 
 
-def work_of(prepared: Prepared, store: Store) -> SweepWork:
-    return SweepWork(
-        store=store,
-        jobs=dict(prepared.jobs),
-        device="cpu",
-        threads=1,
-        zero_stage=0,
-        gradient_checkpointing=False,
-    )
-
-
 def do_all(prepared: Prepared) -> Store:
     """Every job in its order, and judging as soon as there are answers, in this process."""
     store = Store.open(prepared.sweep.results, create=True)
     write_sweep(prepared, store)
-    work = work_of(prepared, store)
+    work = work_on(prepared, store)
     for job_id, job in prepared.jobs.items():
         if all(store.exists(key) for key in job.outputs()):
             continue
@@ -195,7 +185,7 @@ def by_hand(store: Store, prepared: Prepared, label: str) -> list[float]:
     }
     changes = [(name, means[True][name] - means[False][name]) for name in parameters]
     task = next(loss for loss in prepared.jobs[row.run_id].losses)  # type: ignore[union-attr]
-    rows = work_of(prepared, store).rows(task.content)
+    rows = work_on(prepared, store).rows(task.content)
     with edited(parameters, changes, row.edit.alpha):
         model = base.model if row.edit.on_base else tuned
         return [
@@ -273,7 +263,7 @@ def test_a_run_and_an_edited_model_can_be_loaded(results: Results, done: tuple[P
     model, tokenizer = results.run("tuned +0.5 weighed").load_model(device="cpu")
     task = next(iter(prepared.jobs[entries(prepared)["tuned +0.5 weighed"].run_id].losses))  # type: ignore[union-attr]
     base = load_base(results_base(results), torch.device("cpu"))
-    rows = work_of(prepared, store).rows(task.content)
+    rows = work_on(prepared, store).rows(task.content)
     losses = response_losses(
         type(base)(model, tokenizer, base.device, base.plain_head),
         model,

@@ -18,8 +18,8 @@ from analysis.results import Results, load
 from engine.prepare import Prepared
 from engine.run import write_sweep
 from engine.store import Store
-from engine.work import SweepWork
 from tests.engine.tiny_prepare import TinySweep, tiny_model_folder
+from tests.engine.tiny_work import work_in, work_on
 from trainables.checkpoint import NO_CHECKPOINTS, CheckpointSettings
 from trainables.errors import StoreError, TrainingError
 
@@ -43,19 +43,9 @@ def do(
     report: Callable[..., None] = lambda **_: None,
 ) -> Store:
     """Train the run, in a store at ``folder``."""
-    store = Store.open(folder, create=True)
-    write_sweep(prepared, store)
-    work = SweepWork(
-        store=store,
-        jobs=dict(prepared.jobs),
-        device="cpu",
-        threads=1,
-        zero_stage=0,
-        gradient_checkpointing=False,
-        checkpoints=checkpoints,
-    )
+    work = work_in(prepared, folder, checkpoints=checkpoints)
     work.run(run_id(prepared), report)
-    return store
+    return work.store
 
 
 def results(folder: Path) -> Results:
@@ -166,6 +156,6 @@ def test_a_damaged_input_is_said_to_be_damaged(prepared: Prepared, tmp_path: Pat
     write_sweep(prepared, store)
     for name in store.names("inputs"):
         (store.root / "inputs" / name).write_bytes(b"garbage")
-    work = SweepWork(store, dict(prepared.jobs), "cpu", 1, 0, False)
+    work = work_on(prepared, store)
     with pytest.raises(StoreError, match=r"inputs/[0-9a-f]{64}: damaged, .* run the sweep again"):
         work.run(run_id(prepared), lambda **_: None)
