@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ class TensorboardConfig(TrackerConfig):
         return FOLDER
 
     def still_has(self, place: Place, run: TrackedRun) -> bool:
-        return any((place.folder / FOLDER / place.folder_names[run.id]).glob(EVENT_FILES))
+        return any(file.stat().st_size for file in (place.folder / FOLDER / place.folder_names[run.id]).glob(EVENT_FILES))
 
     def is_tidy(self, place: Place) -> bool:
         return not list(folders_of_others(place))
@@ -36,7 +37,10 @@ class TensorboardConfig(TrackerConfig):
 
 
 class TensorboardTracker:
-    """Writes event files. A run that begins again gets a new file in place of the old one, with all of its steps.
+    """Writes event files. A run that begins again gets a new file with all of its steps; its old ones are emptied.
+
+    They are emptied and not removed, and the new name sorts after theirs whatever the clock says: TensorBoard's own
+    reader stays for good at the file it was reading when that is gone, and goes on from it to the next name when it ends.
 
     tensorboardX's ``SummaryWriter`` is not used: it writes in a thread of its own whose errors (a full disk) nobody
     hears of.
@@ -56,9 +60,10 @@ class TensorboardTracker:
 
         folder = self.folder / self.names[run.id]
         folder.mkdir(exist_ok=True)
-        for old in folder.glob(EVENT_FILES):
-            old.unlink()
-        writer = EventsWriter(str(folder / "events"))
+        olds = sorted(folder.glob(EVENT_FILES))
+        for old in olds:
+            os.truncate(old, 0)
+        writer = EventsWriter(str(folder / "events"), filename_suffix=f".{len(olds):06d}")
         # A TensorBoard that has read the old file is open: this makes it forget what it read.
         writer.write_event(Event(wall_time=time.time(), step=0, session_log=SessionLog(status=SessionLog.START)))
         writer.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,17 +132,23 @@ def test_tensorboard_has_the_whole_curve_after_a_kill(sweep: TinySweep) -> None:
     assert set(event_curve(event_reader(tracked.folder)["none"], "train/loss")) == {1, 2, 3, 4, 5}
 
 
-def test_an_open_tensorboard_forgets_the_file_that_was_replaced(sweep: TinySweep) -> None:
+@pytest.mark.parametrize("later_s", [0, 1, 3600])
+def test_an_open_tensorboard_forgets_the_file_that_was_replaced(sweep: TinySweep, later_s: int) -> None:
     tracked = finished(prepare(sweep, tensorboard={}))
     half_done(tracked, "none", 3)
+    folder = tracked.folder / "tensorboard" / "none"
+    (old,) = folder.iterdir()
+    name = re.fullmatch(r"(events\.out\.tfevents\.)(\d+)(\..+)", old.name)
+    assert name  # whose seconds are set back, as if the sweep had been stopped for so long
+    old = old.rename(old.with_name(f"{name[1]}{int(name[2]) - later_s}{name[3]}"))
     reader = event_reader(tracked.folder)["none"]
+    assert set(event_curve(reader, "train/loss")) == {1, 2, 3}
     again = tracked.feed()
     again.steps([dataclasses.replace(row, loss=7.0) for row in training_rows(tracked.run_ids["none"])[:2]])
     again.close(60)
-    (new,) = (tracked.folder / "tensorboard" / "none").iterdir()
-    shutil.copy(new, new.with_name(new.name + "9"))  # DirectoryWatcher goes on to a later name
     reader.Reload()
     assert event_curve(reader, "train/loss") == {1: 7.0, 2: 7.0}
+    assert event_curve(event_reader(tracked.folder)["none"], "train/loss") == {1: 7.0, 2: 7.0}
 
 
 def test_tensorboard_stops_showing_what_the_sweep_dropped_or_renamed(sweep: TinySweep) -> None:
