@@ -66,11 +66,26 @@ def gpus_per_trial(execution: ExecutionConfig, machine: Machine) -> float:
 
 def resource_faults(execution: ExecutionConfig, machine: Machine) -> list[Fault]:
     """What one trial or local judge asks for that the machine does not have."""
+    faults = _trial_faults(execution, machine) or _worker_faults(execution, machine)
     judge_gpus = gpus_per_local_judge(execution, machine)
     if judge_gpus > max(node.num_gpus for node in machine.nodes or (machine,)):
         message = f"{judge_gpus:g} GPUs asked for; no machine has more than {machine.num_gpus:g}"
-        return [*_trial_faults(execution, machine), Fault("execution.gpus_per_local_judge", message)]
-    return _trial_faults(execution, machine)
+        return [*faults, Fault("execution.gpus_per_local_judge", message)]
+    return faults
+
+
+def _worker_faults(execution: ExecutionConfig, machine: Machine) -> list[Fault]:
+    """What is wrong with several workers, each of which fits somewhere."""
+    gpus = gpus_per_trial(execution, machine)
+    if execution.workers > 1 and gpus not in (0, 1):
+        message = f"each of several workers computes on one whole GPU, or on none; got {gpus:g}"
+        return [Fault("execution.gpus_per_trial", message)]
+    fits = _num_processes(execution, machine, gpus)
+    if execution.workers > fits:
+        where = "the cluster" if machine.nodes else "this machine"
+        message = f"{execution.workers} asked for; {where} can hold {fits} of {execution.cpus_per_trial} CPUs"
+        return [Fault("execution.workers", message + (f" and {gpus:g} GPUs" if gpus else ""))]
+    return []
 
 
 def _trial_faults(execution: ExecutionConfig, machine: Machine) -> list[Fault]:
@@ -101,13 +116,18 @@ def _asked_too_much(execution: ExecutionConfig, machine: Machine, whole: Machine
 
 
 def num_trials(execution: ExecutionConfig, machine: Machine) -> int:
-    """How many trials run side by side: as many as fit, at most ``execution.trials``, at least 1.
+    """How many trials run side by side: as many as fit with all of their workers, at most ``execution.trials``, at
+    least 1.
 
     Trials that share a GPU never straddle two of them.
     """
     gpus = gpus_per_trial(execution, machine)
-    fits = sum(_num_fitting(execution, node, gpus) for node in machine.nodes or (machine,))
+    fits = _num_processes(execution, machine, gpus) // execution.workers
     return max(1, fits if execution.trials == "auto" else min(fits, execution.trials))
+
+
+def _num_processes(execution: ExecutionConfig, machine: Machine, gpus: float) -> int:
+    return sum(_num_fitting(execution, node, gpus) for node in machine.nodes or (machine,))
 
 
 def gpus_per_local_judge(execution: ExecutionConfig, machine: Machine) -> float:

@@ -18,7 +18,10 @@ from dataclasses import dataclass, field
 
 from analysis.manifest import adapter_key, run_key
 from engine.store import Store
+from engine.sweep_models import ExecutionConfig
 from engine.tasks import Job, RunJob, TrainTask
+from trainables.defenses import Item
+from trainables.errors import Fault
 
 MAX_AUTO = 16  # runs of a pack that nobody has given a size for
 
@@ -37,9 +40,24 @@ def pack_keys(jobs: Iterable[Job], trained: Iterable[str]) -> dict[str, str]:
     return {train.id: pack_key(train) for train in trainings if train.id not in done}
 
 
+def worker_faults(execution: ExecutionConfig, defenses: Iterable[Sequence[Item]]) -> list[Fault]:
+    """What several workers, or a ZeRO stage, cannot be combined with; ``defenses`` of all cells."""
+    faults: list[Fault] = []
+    if execution.workers > 1 and execution.pack not in ("auto", 1):
+        faults.append(Fault("execution.pack", f"several workers train one run, not a pack; got {execution.pack}"))
+    if execution.zero_stage == 3 and execution.workers == 1:
+        message = "stage 3 divides the base among several workers, and execution.workers is 1; allowed here: 0, 1, 2"
+        faults.append(Fault("execution.zero_stage", message))
+    elif execution.zero_stage == 3 and any(item.is_second_order for items in defenses for item in items):
+        message = "a gradient_penalty (of second order) cannot be trained at stage 3; allowed with it: 0, 1, 2"
+        faults.append(Fault("execution.zero_stage", message))
+    return faults
+
+
 @dataclass
 class Packer:
     """Packs of the trainings that wait. ``size``: runs of a pack; None: as many as fit, which the trials say.
+    ``workers``: processes that train a run together; what else its job does then has a trial of its own, as in a pack.
 
     ``num_steps``: optimizer steps by run.
     """
@@ -48,6 +66,7 @@ class Packer:
     num_steps: Mapping[str, int]
     size: int | None
     num_trials: int
+    workers: int = 1
     done: set[str] = field(default_factory=set)  # runs that have been trained since
     limits: dict[str, int] = field(default_factory=dict)  # by key, once one was found
     notes: dict[str, str] = field(default_factory=dict)  # by run: why its pack is smaller than was meant
@@ -72,6 +91,10 @@ class Packer:
             return None
         same.sort(key=lambda one: -self.num_steps.get(one, 0))  # stable
         return same[:limit]
+
+    def only_train(self, members: Sequence[str]) -> bool:
+        """Whether a trial does nothing but the training of these jobs."""
+        return len(members) > 1 or (self.workers > 1 and members[0] in self.keys and members[0] not in self.done)
 
     def trained(self, job_id: str) -> None:
         """What is left to do of a run needs no pack."""

@@ -29,7 +29,7 @@ from engine.machine import (
 from engine.measure_tasks import MeasureCost, MeasureTasks, Target, base_targets, unsound_targets
 from engine.named import named
 from engine.only import parse, select
-from engine.packs import Packer, pack_keys
+from engine.packs import Packer, pack_keys, worker_faults
 from engine.parents import depth_of
 from engine.parts import measurements_of, part_of
 from engine.proved import Proved
@@ -101,9 +101,9 @@ class Prepared:
 
     def packer(self, pending: Mapping[str, Job], trained: Iterable[str]) -> Packer:
         """How the trainings of ``pending`` jobs that are not in ``trained`` share trials."""
-        pack = self.sweep.execution.pack
-        size = pack if pack != "auto" else None if self.device == "cuda" else 1
-        return Packer(pack_keys(pending.values(), trained), self.num_steps, size, self.num_trials)
+        pack, workers = self.sweep.execution.pack, self.sweep.execution.workers
+        size = pack if pack != "auto" else None if self.device == "cuda" and workers == 1 else 1
+        return Packer(pack_keys(pending.values(), trained), self.num_steps, size, self.num_trials, workers)
 
 
 def prepare(
@@ -130,6 +130,7 @@ def prepare(
     stores = [sweep.results, smoke_results(sweep.results)] if smoke else [sweep.results]
     faults += [Fault("results", message) for store in stores for message in Store.faults(store)]
     faults += resource_faults(execution, machine)
+    faults += worker_faults(execution, [cell.defense for cell in sweep.cells])
     faults += tracker_faults(sweep.trackers, os.environ)
     gpus = gpus_per_trial(execution, machine)
     sources = Sources(sweep.path.parent, cuda=gpus > 0, faults=faults, endpoints=sweep.endpoints)
@@ -177,12 +178,13 @@ def prepare(
     judge_gpus = gpus_per_local_judge(execution, machine)
     costs = graph.costs()
     gpus_of_judges = judge_gpus * _num_local_judges(judge_tasks.values())
-    take_turns = is_short_of_gpus(gpus, gpus_of_judges, machine)
+    gpus_at_once = gpus * execution.workers
+    take_turns = is_short_of_gpus(gpus_at_once, gpus_of_judges, machine)
     if take_turns and any(_waits_for_local_judge(job, judge_tasks) for job in asked_jobs.values()):
         # Tune keeps the process of a trial that is done, with its GPU, until it knows what comes next: for ever, here
         message = (
             f"what is made of judged answers waits for its judge, and {machine.num_gpus:g} GPUs are not enough for a "
-            f"trial ({gpus:g}) beside local judges ({gpus_of_judges:g}); let them share (gpus_per_trial: 0.5, "
+            f"trial ({gpus_at_once:g}) beside local judges ({gpus_of_judges:g}); let them share (gpus_per_trial: 0.5, "
             "gpus_per_local_judge: 0.5), or judge on the CPU (gpus_per_local_judge: 0)"
         )
         raise ConfigError([Fault("execution.gpus_per_local_judge", message)])
@@ -203,7 +205,7 @@ def prepare(
         measure_costs=measures.costs(),
         asked=asked,
         device="cuda" if gpus > 0 else "cpu",
-        num_trials=num_trials_beside(num_trials(execution, machine), gpus, gpus_of_judges, machine),
+        num_trials=num_trials_beside(num_trials(execution, machine), gpus_at_once, gpus_of_judges, machine),
         gpus_per_trial=gpus,
         gpus_per_local_judge=judge_gpus,
         num_steps={entry.run_id: costs[entry.label].num_steps for entry in graph.entries},

@@ -242,6 +242,14 @@ def _work(
     execution = prepared.sweep.execution
     memory_gb = execution.memory_gb_per_trial
     packer = prepared.packer(jobs, trained_runs(jobs, store))
+    placement = Placement(
+        num_trials=prepared.num_trials,
+        workers=execution.workers,
+        cpus_per_trial=execution.cpus_per_trial,
+        gpus_per_trial=prepared.gpus_per_trial,
+        memory_bytes_per_trial=None if memory_gb is None else int(memory_gb * 1e9),
+        max_retries=execution.max_retries,
+    )
     watcher.view.start(len(jobs))
     try:
         watcher.pool = JudgePool(
@@ -266,19 +274,15 @@ def _work(
                 jobs=dict(prepared.jobs),
                 device=prepared.device,
                 threads=execution.cpus_per_trial,
+                workers=execution.workers,
+                worker_resources=placement.resources(),
                 zero_stage=execution.zero_stage,
                 gradient_checkpointing=execution.gradient_checkpointing,
                 checkpoints=CheckpointSettings(execution.checkpoint_every_steps, execution.checkpoint_every_minutes),
                 packing=prepared.packing,
                 auto_pack=packer.size is None,
             ),
-            Placement(
-                num_trials=prepared.num_trials,
-                cpus_per_trial=execution.cpus_per_trial,
-                gpus_per_trial=prepared.gpus_per_trial,
-                memory_bytes_per_trial=None if memory_gb is None else int(memory_gb * 1e9),
-                max_retries=execution.max_retries,
-            ),
+            placement,
             watcher,
             [TrackerCallback(feed)],
             packer,

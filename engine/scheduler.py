@@ -59,13 +59,20 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where trials run and how often a dead one is started again."""
+    """Where trials run and how often a dead one is started again. ``workers``: processes that train a run together,
+    each with what is said of a trial."""
 
     num_trials: int
+    workers: int
     cpus_per_trial: int
     gpus_per_trial: float
     memory_bytes_per_trial: int | None
     max_retries: int
+
+    def resources(self) -> dict[str, float]:
+        """What a trial, or one of its workers, asks of Ray."""
+        asked = {"CPU": self.cpus_per_trial, "GPU": self.gpus_per_trial, "memory": self.memory_bytes_per_trial}
+        return {name: amount for name, amount in asked.items() if amount}
 
 
 class StaysInDriver:
@@ -133,11 +140,12 @@ class _GraphSearcher(StaysInDriver, Searcher):
     def _hand_out(self, trial_id: str, job_id: str, members: list[str]) -> dict[str, Any]:
         self.num_running += 1
         config: dict[str, Any] = {"job": job_id}
-        if len(members) > 1:
+        if self.packer.only_train(members):
             config |= {"job": members[0], "pack": members}
             self.packs[trial_id] = members
-            labels = ", ".join(self.jobs[member].label for member in members)
-            self.watcher.remark(f"a pack of {len(members)} trainings: {labels}")
+            if len(members) > 1:
+                labels = ", ".join(self.jobs[member].label for member in members)
+                self.watcher.remark(f"a pack of {len(members)} trainings: {labels}")
         for member in members:
             del self.waiting[member]
         self.job_of_trial[trial_id] = members[0]
@@ -186,7 +194,9 @@ class _GraphSearcher(StaysInDriver, Searcher):
         """Members that are not lost wait again: the trained ones for what follows, the others for another pack."""
         left = [one for one in members if one not in self.lost and one not in self.trained]
         reason = reason or result.get(OUT_OF_MEMORY)
-        if reason is not None and left:
+        if reason is not None and left and len(members) == 1:
+            self._lose(members[0], reason)
+        elif reason is not None and left:
             self.watcher.remark(self.packer.split(members, left, reason), ok=False)
         elif FITS in result:
             self.packer.found(members[0], int(result[FITS]))
@@ -332,11 +342,16 @@ def run_graph(
     """
     if not jobs:
         return
-    resources: dict[str, float] = {"cpu": placement.cpus_per_trial, "gpu": placement.gpus_per_trial}
-    if placement.memory_bytes_per_trial is not None:
-        resources["memory"] = placement.memory_bytes_per_trial
     searcher = _GraphSearcher(jobs, watcher, packer)
-    trainable = tune.with_resources(tune.with_parameters(tune_trainable, work=work), resources)
+
+    def asked(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
+        if "pack" in config and placement.workers > 1:
+            # The workers have what they need from Ray Train, all or nothing. What waits for them computes nothing; were
+            # it to hold a CPU, it could keep the last one from them. Ray knows no bundle of nothing: a byte of memory.
+            return tune.PlacementGroupFactory([{"memory": 1}])
+        return tune.PlacementGroupFactory([placement.resources()])
+
+    trainable = tune.with_resources(tune.with_parameters(tune_trainable, work=work), asked)
     with tempfile.TemporaryDirectory(prefix="shiftgrad-tune-") as throw_away:
         tune.Tuner(
             trainable,

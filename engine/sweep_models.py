@@ -115,8 +115,12 @@ class ExecutionConfig(Config):
     """``exact``: every run of a pack is passed through the base by itself, which gives it to the bit what it gets
     alone. ``fast``: all runs go through it in one pass; their gradients are equal up to rounding. null: ``fast`` on a
     GPU, ``exact`` on a CPU."""
+    workers: int = Field(default=1, ge=1)
+    """Processes that train each run together, each on its share of every step's micro-batches; ``cpus_per_trial``,
+    ``gpus_per_trial`` and ``memory_gb_per_trial`` are then those of each. Everything but training is done by one."""
     zero_stage: Annotated[ZeroStage, BeforeValidator(_no_bool)] = 0
-    """DeepSpeed's ZeRO stage."""
+    """DeepSpeed's ZeRO stage: what is divided among ``workers``. 1: the optimizer's state; 2: gradients too; 3: the
+    base too, for one that no single GPU can train."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time, the same numbers."""
     max_retries: int = Field(default=1, ge=0)

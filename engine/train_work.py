@@ -144,6 +144,7 @@ def _record(
         "placement": {
             "device": work.device,
             "threads": work.threads,
+            "workers": work.workers,
             "zero_stage": work.zero_stage,
             "gradient_checkpointing": work.gradient_checkpointing,
             "pack": list(pack),

@@ -72,14 +72,23 @@ class SweepWork:
     checkpoints: CheckpointSettings = NO_CHECKPOINTS
     packing: Packing = "exact"
     auto_pack: bool = False  # as many runs of a pack as fit
+    workers: int = 1  # processes that train a run together
+    worker_resources: Mapping[str, float] = field(default_factory=dict)  # what each of them asks of Ray
     software: Software = field(default_factory=software)  # of the driver, where this is made
 
     def train_pack(self, job_ids: Sequence[str], note: str, report: Report) -> dict[str, float | str | int]:
-        """Train several runs in one process, see engine/pack_work.py. Raises what the work raises."""
-        self._check_place()
+        """Train several runs in one process, see engine/pack_work.py, or one run in several, see
+        engine/train_workers.py. Raises what the work raises."""
+        self.check_place()
+        if self.workers > 1:
+            from engine.train_workers import train_by_workers  # brings Ray Train, which few sweeps need
+
+            (job_id,) = job_ids
+            return train_by_workers(self, job_id, report)
         return train_packed(self, job_ids, note, report)
 
-    def _check_place(self) -> None:
+    def check_place(self) -> None:
+        """Raises unless this process has the driver's software and sees its store."""
         check_same(self.software, software())
         if not self.store.exists(MARKER):
             raise StoreError(
@@ -92,7 +101,7 @@ class SweepWork:
 
         ``note``: why a run is not trained in the pack that was meant.
         """
-        self._check_place()
+        self.check_place()
         job = self.jobs[job_id]
 
         def waiting() -> None:

@@ -11,13 +11,14 @@ import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-ZeroStage = Literal[0, 1, 2]
+ZeroStage = Literal[0, 1, 2, 3]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _KINDS = ("parameter", *_MOMENTS, "step")
 
@@ -45,7 +46,7 @@ def _deepspeed() -> Any:
         import deepspeed.ops
 
         # init_distributed would build the shm_comm operator with a C++ compiler (90 s, and a lock file that hangs
-        # every later start if the build is killed). Plain gloo does the same for one worker. A private table: where
+        # every later start if the build is killed). Plain gloo does the same. A private table: where
         # a later DeepSpeed has no such table, it has no such build to switch off either.
         with contextlib.suppress(AttributeError):
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -78,6 +79,9 @@ class DeepSpeedDriver:
     def __init__(self, model: nn.Module, runs: Sequence[RunParameters], zero_stage: ZeroStage = 0) -> None:
         deepspeed = _deepspeed()
         _ensure_process_group(deepspeed)
+        self._num_workers = torch.distributed.get_world_size()
+        if zero_stage == 3 and len(runs) > 1:
+            raise ValueError("a pack cannot be trained at ZeRO stage 3")
         self.runs = {run.name: run for run in runs}
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         optimizer = torch.optim.AdamW(
@@ -99,7 +103,8 @@ class DeepSpeedDriver:
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,  # losses are divided by token counts before they come here
                 "gradient_clipping": 0.0,
-                "zero_optimization": {"stage": zero_stage},
+                # one group of values per run at stage 3, however many there are
+                "zero_optimization": {"stage": zero_stage} | ({"sub_group_size": 2**62} if zero_stage == 3 else {}),
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 2**31,
             },
@@ -109,18 +114,24 @@ class DeepSpeedDriver:
         self._is_open = False  # a backward pass was not the last one before a step, and none has been yet
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Accumulate the gradients of a scalar loss; ``last``: no further backward follows before the step."""
+        """Accumulate the gradients of a scalar loss; ``last``: no further backward follows before the step.
+
+        Of several workers each has the loss of its own rows, and the gradient is that of the sum of them.
+        """
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss)
+        if self.zero_stage == 3:
+            # what DeepSpeedEngine.forward does, through which no pass of ours goes: without it each backward pass of a
+            # step takes the place of the one before
+            self.engine.optimizer.clear_backward_seen_flag()
+        # DeepSpeed takes the mean over workers
+        self.engine.backward(loss if self._num_workers == 1 else loss * self._num_workers)
         self._is_open = not last
 
     def discard(self, run: str) -> None:
         """Make the run's gradients of this step zero, whatever they are: one that is not finite would reach the
         parameters at any learning rate, and at stages 1 and 2 keep all runs of the pack from stepping."""
-        from deepspeed.utils import safe_set_full_grad
-
         for parameter, gradient in self._gradients(run):
-            safe_set_full_grad(parameter, torch.zeros_like(gradient))
+            self._set_gradient(parameter, torch.zeros_like(gradient))
 
     def finish_accumulation(self) -> None:
         """Say that no backward pass follows, where the one that should have been the last did not come about."""
@@ -140,15 +151,13 @@ class DeepSpeedDriver:
 
         In the arithmetic of ``torch.nn.utils.clip_grad_norm_``, so that both give the same gradients to the bit.
         """
-        from deepspeed.utils import safe_set_full_grad
-
         if self.zero_stage == 0:  # a pack has thousands of parameters: all of a run's in a few operations
             own = self.runs[run].parameters
             torch.nn.utils.clip_grads_with_norm_(own, max_norm, torch.tensor(norm, dtype=own[0].dtype))
             return
         for parameter, gradient in self._gradients(run):
             scale = max_norm / (torch.tensor(norm, dtype=gradient.dtype, device=gradient.device) + 1e-6)
-            safe_set_full_grad(parameter, gradient * scale.clamp(max=1.0))
+            self._set_gradient(parameter, gradient * scale.clamp(max=1.0))
 
     def step(self, learning_rates: Mapping[str, float]) -> None:
         """One AdamW step for all runs; gradients are cleared."""
@@ -182,7 +191,12 @@ class DeepSpeedDriver:
 
         Raises ValueError, with nothing changed, if ``state`` does not fit the run's parameters.
         """
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
 
         self._check(run, state)
         stepped = self._stepped(run)
@@ -190,15 +204,31 @@ class DeepSpeedDriver:
             name, moments = self._names[id(parameter)], self.optimizer.state[own]
             values = {kind: state[f"{kind}:{name}"].to(parameter.device) for kind in _KINDS}
             moments["step"].copy_(values["step"])
-            # written at every stage: at 1 and 2 the full-precision copy below reaches it only with the next step
-            parameter.data.copy_(values["parameter"])
+            # written at every stage: from 1 on the full-precision copy below reaches it only with the next step
+            if self.zero_stage == 3:
+                parameter.ds_tensor.data.copy_(_own_part(parameter, values["parameter"]))  # type: ignore[attr-defined]
+            else:
+                parameter.data.copy_(values["parameter"])
             if self.zero_stage == 0:
                 for kind in _MOMENTS:
                     moments[kind].copy_(values[kind])
+            elif self.zero_stage == 3:
+                safe_set_local_fp32_param(parameter, _own_part(parameter, values["parameter"]))
+                for kind in _MOMENTS:
+                    safe_set_local_optimizer_state(parameter, _own_part(parameter, values[kind]), kind)
             else:
                 safe_set_full_fp32_param(parameter, values["parameter"])
                 for kind in _MOMENTS:
                     safe_set_full_optimizer_state(parameter, values[kind], kind)
+
+    def gathered(self, run: str) -> AbstractContextManager[None]:
+        """A context in which the run's parameters have their values at any stage; every worker must enter it."""
+        import deepspeed
+
+        if self.zero_stage < 3:
+            return contextlib.nullcontext()
+        context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(list(self.runs[run].parameters))
+        return context
 
     def close(self) -> None:
         """Give back what DeepSpeed holds. The module keeps its parameters."""
@@ -207,22 +237,25 @@ class DeepSpeedDriver:
     def _stepped(self, run: str) -> list[torch.Tensor]:
         """For every parameter of the run the tensor that AdamW steps for it, with its state there and linked.
 
-        That is the parameter at stage 0, and one flat partition for all of them at stages 1 and 2. DeepSpeed links
-        parameters to the state of their partition once, after the first step of the FIRST group, when the other
-        groups have none yet; so it is done again here.
+        That is the parameter at stage 0, and one flat partition for all of them at the others. At stages 1 and 2
+        DeepSpeed links parameters to the state of their partition once, after the first step of the FIRST group, when
+        the other groups have none yet; so it is done again here.
         """
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
         (group,) = [group for group in self.optimizer.param_groups if group["run"] == run]
-        for tensor in group["params"]:
+        # at stage 3 a group has its tensor only while AdamW steps
+        flat = group["params"] if self.zero_stage < 3 else self.engine.optimizer.fp32_partitioned_groups_flat
+        for tensor in flat:
             if not self.optimizer.state[tensor]:  # what AdamW itself begins with
                 zeros = {kind: torch.zeros_like(tensor, requires_grad=False) for kind in _MOMENTS}
                 self.optimizer.state[tensor] = {"step": torch.tensor(0.0, dtype=torch.float32), **zeros}
         parameters = list(self.runs[run].parameters)
         if self.zero_stage == 0:
             return parameters  # type: ignore[return-value]
-        (partition,) = group["params"]
-        lazy_init_hp_params_optimizer_state(parameters, partition, self.optimizer.state)
+        (partition,) = flat
+        if self.zero_stage < 3:
+            lazy_init_hp_params_optimizer_state(parameters, partition, self.optimizer.state)
         return [partition] * len(parameters)
 
     def _check(self, run: str, state: Mapping[str, torch.Tensor]) -> None:
@@ -230,7 +263,8 @@ class DeepSpeedDriver:
         shapes: dict[str, torch.Size] = {}
         for parameter in self.runs[run].parameters:
             name = self._names[id(parameter)]
-            shapes |= {f"{kind}:{name}": torch.Size() if kind == "step" else parameter.shape for kind in _KINDS}
+            full = getattr(parameter, "ds_shape", parameter.shape)  # at stage 3 a parameter itself is empty
+            shapes |= {f"{kind}:{name}": torch.Size() if kind == "step" else full for kind in _KINDS}
         found = {name: tensor.shape for name, tensor in state.items()}
         if found != shapes:
             wrong = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
@@ -249,3 +283,22 @@ class DeepSpeedDriver:
 
         pairs = [(parameter, safe_get_full_grad(parameter)) for parameter in self.runs[run].parameters]
         return [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
+
+    def _set_gradient(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
+
+        if self.zero_stage == 3:
+            safe_set_local_grad(parameter, _own_part(parameter, gradient))
+        else:
+            safe_set_full_grad(parameter, gradient)
+
+
+def _own_part(parameter: Any, value: torch.Tensor) -> torch.Tensor:
+    """What of the values of a parameter this worker holds at ZeRO stage 3: one of equal parts, the last filled up.
+
+    DeepSpeed's own functions that take whole tensors fail where the parts do not come out even.
+    """
+    size = parameter.ds_tensor.numel()
+    flat = torch.zeros(size * torch.distributed.get_world_size(), dtype=value.dtype, device=value.device)
+    flat[: value.numel()] = value.flatten()
+    return flat.narrow(0, size * torch.distributed.get_rank(), size)

@@ -15,6 +15,9 @@ from trainables.config import AddedLater, Config, NamesVector, VectorNames, name
 from trainables.defenses.base import RunRows
 from trainables.residual_stream import Reader, ReadGradient, ReadValue
 from trainables.rows import SignalRow
+from trainables.workers import Workers
+
+_PROJECTION, _COSINE = "activation_projection", "gradient_cosine"
 
 
 class WatchConfig(Config):
@@ -69,7 +72,7 @@ class Watch:
 
         def value(layer: int, hidden_btd: torch.Tensor) -> None:
             hidden_md = chosen(hidden_btd)
-            self._add("activation_projection", layer, hidden_md)
+            self._add(_PROJECTION, layer, hidden_md)
             if self._centers:
                 self._means[layer] = self._means.get(layer, 0) + hidden_md.double().sum(0).cpu()
 
@@ -77,7 +80,7 @@ class Watch:
             gradient_md = chosen(gradient_btd)
             length_m = gradient_md.norm(dim=1)
             seen = length_m > 0
-            self._add("gradient_cosine", layer, gradient_md[seen] / length_m[seen, None])
+            self._add(_COSINE, layer, gradient_md[seen] / length_m[seen, None])
 
         readers: list[Reader] = [ReadValue(layer, value) for layer in self.layers]
         return [*readers, *(ReadGradient(layer, gradient) for layer in self.layers)]
@@ -87,6 +90,24 @@ class Watch:
         known = self._sums.get((signal, layer), [0.0] * len(sums))
         self._sums[signal, layer] = [a + b for a, b in zip(known, sums, strict=True)]
         self._counts[signal, layer] = self._counts.get((signal, layer), 0) + values_md.shape[0]
+
+    def join(self, workers: Workers) -> None:
+        """Add up what the workers have read, each in its own micro-batches of the step."""
+        keys = [(signal, layer) for signal in (_PROJECTION, _COSINE) for layer in self.layers]
+        size = len(next(iter(self._centers.values()))[0]) if self._centers else 0
+        found: list[float] = []
+        for key in keys:
+            found += [*self._sums.get(key, [0.0] * len(self.names)), float(self._counts.get(key, 0))]
+        for layer in self.layers if self._centers else ():
+            found += self._means.get(layer, torch.zeros(size)).tolist()
+        joined = iter(workers.added(found))
+        for key in keys:
+            self._sums[key] = [next(joined) for _ in self.names]
+            self._counts[key] = round(next(joined))
+        for layer in self.layers if self._centers else ():
+            mean_d = torch.tensor([next(joined) for _ in range(size)], dtype=torch.float64)
+            if bool(mean_d.any()):
+                self._means[layer] = mean_d
 
     def rows(self, train_id: str, step: int) -> list[SignalRow]:
         """The means of the step, and none where there was no token; the sums are begun anew."""

@@ -27,6 +27,7 @@ from trainables.penalties import Penalty, ReadPenalties
 from trainables.residual_stream import Intervention, Reader, residual_stream
 from trainables.signals import Watch
 from trainables.training_config import TrainingConfig
+from trainables.workers import ONE_WORKER, Workers
 
 
 class Backward(Protocol):
@@ -128,12 +129,15 @@ def backward_passes(
     runs: Sequence[tuple[StepOf, Sequence[Encoded]]],
     *,
     last: bool,
+    workers: Workers = ONE_WORKER,
 ) -> dict[str, StepLosses]:
     """Accumulate the gradient of every run's loss and penalties, over the rows of its step; by the run's name.
 
     With one run its adapter must be the active one. ``last``: no other pass follows before the optimizer step. A run
     that cannot go on (nothing to predict, a loss that is not finite) gets a ``failure`` and has no part in the losses
-    that follow; the others are as they would be without it.
+    that follow; the others are as they would be without it. Of several ``workers``, which must have one run, each does
+    its share of the passes and knows the losses of all; the error of a run that cannot go on is raised, because the
+    others wait for what this one would do next.
     """
     found = {run.name: StepLosses() for run, _ in runs}
     steps: list[_RunStep] = []
@@ -150,10 +154,24 @@ def backward_passes(
     for one in steps:
         with _failing(one.losses):
             one.count()
-    for index, order in enumerate(passes):
-        is_last = last and index == num_passes - 1
-        _one_pass(base, model, driver, order, index, shared=len(runs) > 1, last=is_last)
+    own = list(workers.own(num_passes))
+    for done, (index, counts) in enumerate(own, start=1):
+        is_last = last and done == len(own)
+        _one_pass(base, model, driver, passes[index], index, shared=len(runs) > 1, last=is_last, counts=counts)
+    if workers.size > 1:
+        for run, _ in runs:
+            _join(found[run.name], run.watch, workers)
     return found
+
+
+def _join(losses: StepLosses, watch: Watch | None, workers: Workers) -> None:
+    """Add up what the workers have found, each in its own micro-batches."""
+    if losses.failure is not None:
+        raise losses.failure
+    losses.loss, *penalties = workers.added([losses.loss, *losses.penalties.values()])
+    losses.penalties = dict(zip(losses.penalties, penalties, strict=True))
+    if watch is not None:
+        watch.join(workers)
 
 
 @contextlib.contextmanager
@@ -184,11 +202,13 @@ def _one_pass(
     *,
     shared: bool,
     last: bool,
+    counts: bool = True,
 ) -> None:
     """One forward pass over the rows of all runs of ``order`` and one backward pass of the sum of their losses.
 
     ``shared``: rows have the adapters of their runs; else the one run's adapter is the active one.
     The rows of a run that has failed, now or before, stay where they are: a row has no say in what others get.
+    ``counts=False``: a pass that another worker does too, with gradients that are 0.
     """
     edits: dict[str, list[Intervention]] = {}
     for one in order:
@@ -207,7 +227,7 @@ def _one_pass(
     readers: list[Reader] = []
     for one in going:
         readers += reading[one.run.name].readers
-        readers += one.run.watch.readers(one.shares[index].rows) if one.run.watch is not None else []
+        readers += one.run.watch.readers(one.shares[index].rows) if one.run.watch is not None and counts else []
     standing = [
         PackRows(one.run.name, share.start, share.start + one.num_rows(index), share.length)
         for one, share in zip(order, shares, strict=True)
@@ -235,10 +255,11 @@ def _one_pass(
                 what = f"the loss is {value}" + "".join(f", {name} is {found}" for name, found in penalties.items())
                 one.losses.failure = TrainingError(f"run {one.run.name}, step {one.run.step}: {what}")
                 continue
-            losses.append(sum(terms[one].values(), means[one]))
-            one.losses.loss += value
+            whole = sum(terms[one].values(), means[one])
+            losses.append(whole if counts else 0.0 * whole)
+            one.losses.loss += value if counts else 0.0
             for name, found in penalties.items():
-                one.losses.penalties[name] = one.losses.penalties.get(name, 0.0) + found
+                one.losses.penalties[name] = one.losses.penalties.get(name, 0.0) + (found if counts else 0.0)
         if losses:
             driver.backward(sum(losses[1:], losses[0]), last=last)
 

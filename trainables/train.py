@@ -7,6 +7,7 @@ their number over ALL micro-batches of the step, so that it does not depend on h
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import tempfile
 import time
@@ -30,6 +31,7 @@ from trainables.rows import RunSink, SignalRow, TrainingRow
 from trainables.runs import Run, RunResult, RunSpec
 from trainables.start_from import begin_with
 from trainables.step import StepLosses, backward_passes
+from trainables.workers import Workers
 
 __all__ = ["Packing", "RunResult", "RunSpec", "train_pack"]
 
@@ -58,13 +60,20 @@ def train_pack(
     there. Without ``on_failure`` the error is raised.
 
     A run whose sink has a checkpoint goes on from there, whatever the pack and the ZeRO stage that it was made in.
+    Where a launcher has made a process group of several workers, each calls this with the same one run, with a sink of
+    its own, and does its share of every step; all have the same losses and make the same adapter. At ZeRO stage 3 every
+    worker keeps a part of the base too, and ``base`` is of no use afterwards.
     Returns the model with all adapters (frozen, evaluation mode, the last one active) and a result per run that did not
     fail. Raises ConfigError for several runs over a float16 base, and ValueError for runs of which some are of second
-    order and some are not: these need other operations.
+    order and some are not (these need other operations), for several runs and several workers, for ZeRO stage 3 with
+    one worker and for a run of second order at stage 3.
     """
     from trainables.lora_linear import use_lora_linear  # brings PEFT, which is slow to import
 
-    _check_pack(base, specs)
+    workers = Workers.here()
+    _check_pack(base, specs, workers, zero_stage)
+    if zero_stage == 3:  # a weight has its values only while its own module computes
+        base = dataclasses.replace(base, plain_head=False)
 
     def failed(name: str, error: ShiftgradError) -> None:
         if on_failure is None:
@@ -88,7 +97,8 @@ def train_pack(
     plain = runs[0].is_second_order  # then only PyTorch's own operations will do
     if plain:
         model.get_base_model().set_attn_implementation("eager")
-    num_lora = 0 if plain else use_lora_linear(model)
+    own_ops = not plain and zero_stage < 3
+    num_lora = use_lora_linear(model) if own_ops else 0
     model.to(base.device)
     _set_training_mode(model, gradient_checkpointing)
     if gradient_checkpointing:
@@ -102,12 +112,12 @@ def train_pack(
         [RunParameters(run.name, parameters[run.name], run.spec.training.weight_decay) for run in runs],
         zero_stage,
     )
-    pack = _Pack(base, model, driver, runs, parameters, sinks, together, failed)
+    pack = _Pack(base, model, driver, runs, parameters, sinks, together, failed, workers)
     results: dict[str, RunResult] = {}
     try:
         for run in runs:
             run.done, run.signals = resume(run.name, run.num_steps, driver, sinks[run.name])
-        with contextlib.nullcontext("nothing else") if plain else native_ops(model) as native:
+        with native_ops(model) if own_ops else contextlib.nullcontext("nothing else") as native:
             for run in runs:
                 sinks[run.name].log(f"computed by shiftgrad: {num_lora} LoRA modules, {native}{pack.said()}")
             while True:
@@ -120,7 +130,8 @@ def train_pack(
                 if not active:
                     break
                 pack.step(active)
-                _save_checkpoints(driver, [run for run in active if run.failure is None], runs, sinks, checkpoints)
+                stepped = [run for run in active if run.failure is None]
+                _save_checkpoints(driver, stepped, runs, sinks, checkpoints, workers)
                 failpoint(f"after_step:{max(run.step for run in active)}")
     finally:
         driver.close()
@@ -131,7 +142,7 @@ def train_pack(
     return model, [results[run.name] for run in runs if run.name in results]
 
 
-def _check_pack(base: LoadedBase, specs: Sequence[RunSpec]) -> None:
+def _check_pack(base: LoadedBase, specs: Sequence[RunSpec], workers: Workers, zero_stage: ZeroStage) -> None:
     if len(specs) > 1 and base.model.dtype == torch.float16:
         message = "runs over a float16 base cannot share a pack: one scale of the loss would hold for all of them, and "
         message += "what overflows in one run would keep the others from stepping; give bfloat16 or float32"
@@ -139,6 +150,10 @@ def _check_pack(base: LoadedBase, specs: Sequence[RunSpec]) -> None:
     orders = {any(item.is_second_order for item in spec.defense) for spec in specs}
     if len(orders) > 1:
         raise ValueError("runs with a penalty of second order and runs without cannot share a pack")
+    if workers.size > 1 and len(specs) > 1:
+        raise ValueError("several workers train one run; a pack is trained by one")
+    if zero_stage == 3 and (workers.size == 1 or True in orders):
+        raise ValueError("ZeRO stage 3 is for several workers, and for runs without a penalty of second order")
 
 
 def _set_training_mode(model: Any, gradient_checkpointing: bool) -> None:
@@ -174,10 +189,11 @@ class _Pack:
         sinks: Mapping[str, RunSink],
         together: bool,
         failed: Callable[[str, ShiftgradError], None],
+        workers: Workers,
     ) -> None:
         self.base, self.model, self.driver = base, model, driver
         self.runs, self.parameters, self.sinks = runs, parameters, sinks
-        self.together, self.failed = together, failed
+        self.together, self.failed, self.workers = together, failed, workers
 
     def said(self) -> str:
         """What the log says of the pack; nothing of a run that is alone."""
@@ -238,14 +254,14 @@ class _Pack:
         base, model, driver = self.base, self.model, self.driver
         if self.together and len(runs) > 1:
             steps = [(run.this_step(), batches[run.name]) for run in runs]
-            return backward_passes(base, model, driver, steps, last=True), {}
+            return backward_passes(base, model, driver, steps, last=True), {}  # never by several workers
         losses: dict[str, StepLosses] = {}
         seconds: dict[str, float] = {}
         for run in runs:
             started = time.perf_counter()
             _activate(model, run.name, self.parameters)
             one = [(run.this_step(), batches[run.name])]
-            losses |= backward_passes(base, model, driver, one, last=run is runs[-1])
+            losses |= backward_passes(base, model, driver, one, last=run is runs[-1], workers=self.workers)
             seconds[run.name] = time.perf_counter() - started
         return losses, seconds
 
@@ -260,7 +276,8 @@ class _Pack:
             sink.log(f"stopped early after step {run.step} of {run.num_steps}: the loss has diverged")
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "adapter"
-            save_adapter(self.model, run.name, run.spec.base_name, folder)
+            with self.driver.gathered(run.name):
+                save_adapter(self.model, run.name, run.spec.base_name, folder)
             sink.adapter(run.name, folder)
         return run.result()
 
@@ -286,11 +303,12 @@ def _save_checkpoints(
     runs: Sequence[Run],
     sinks: Mapping[str, RunSink],
     settings: CheckpointSettings,
+    workers: Workers,
 ) -> None:
     """Checkpoint those of the runs just stepped that are due, and any that has ended while others go on."""
     others_go_on = not all(run.ended for run in runs)
     for run in stepped:
-        due = settings.due(run.step, time.monotonic() - run.saved_at)
+        due = workers.any(settings.due(run.step, time.monotonic() - run.saved_at))
         if due or (settings.enabled and run.ended and others_go_on):
             save_checkpoint(run.name, run.done, driver, sinks[run.name], run.signals)
             run.saved_at = time.monotonic()

@@ -27,7 +27,8 @@ class TensorboardConfig(TrackerConfig):
         return FOLDER
 
     def still_has(self, place: Place, run: TrackedRun) -> bool:
-        return any(file.stat().st_size for file in (place.folder / FOLDER / place.folder_names[run.id]).glob(EVENT_FILES))
+        files = (place.folder / FOLDER / place.folder_names[run.id]).glob(EVENT_FILES)
+        return any(file.stat().st_size for file in files)
 
     def is_tidy(self, place: Place) -> bool:
         return not list(folders_of_others(place))
@@ -39,8 +40,8 @@ class TensorboardConfig(TrackerConfig):
 class TensorboardTracker:
     """Writes event files. A run that begins again gets a new file with all of its steps; its old ones are emptied.
 
-    They are emptied and not removed, and the new name sorts after theirs whatever the clock says: TensorBoard's own
-    reader stays for good at the file it was reading when that is gone, and goes on from it to the next name when it ends.
+    They are emptied and not removed, and the new name sorts after theirs: TensorBoard's own reader stays for good at
+    the file it was reading when that is gone, and goes on from it to the next name when it ends.
 
     tensorboardX's ``SummaryWriter`` is not used: it writes in a thread of its own whose errors (a full disk) nobody
     hears of.

@@ -168,6 +168,47 @@ def test_how_many_fit(settings: dict[str, Any], machine: Machine, expected: int)
     assert num_trials(ExecutionConfig(**settings), machine) == expected
 
 
+@pytest.mark.parametrize(
+    ("settings", "machine", "expected"),
+    [
+        ({"workers": 2}, LAPTOP, 1),
+        ({"workers": 2}, SERVER, 2),  # by GPUs
+        ({"workers": 3}, SERVER, 1),
+        ({"workers": 3, "gpus_per_trial": 0}, SERVER, 5),
+        ({"workers": 4, "cpus_per_trial": 2, "gpus_per_trial": 0, "trials": 1}, SERVER, 1),
+    ],
+)
+def test_trials_are_counted_with_all_their_workers(settings: dict[str, Any], machine: Machine, expected: int) -> None:
+    assert resource_faults(ExecutionConfig(**settings), machine) == []
+    assert num_trials(ExecutionConfig(**settings), machine) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "message"),
+    [
+        ({"workers": 5}, "execution.workers", "5 asked for; this machine can hold 4 of 1 CPUs and 1 GPUs"),
+        (
+            {"workers": 9, "cpus_per_trial": 2, "gpus_per_trial": 0},
+            "execution.workers",
+            "9 asked for; this machine can hold 8 of 2 CPUs",
+        ),
+        (
+            {"workers": 2, "gpus_per_trial": 0.5},
+            "execution.gpus_per_trial",
+            "each of several workers computes on one whole GPU, or on none; got 0.5",
+        ),
+        (
+            {"workers": 2, "gpus_per_trial": 2},
+            "execution.gpus_per_trial",
+            "each of several workers computes on one whole GPU, or on none; got 2",
+        ),
+    ],
+)
+def test_workers_that_the_machine_cannot_hold(settings: dict[str, Any], key: str, message: str) -> None:
+    (fault,) = resource_faults(ExecutionConfig(**settings), SERVER)
+    assert (fault.key, fault.message) == (key, message)
+
+
 class TestCluster:
     CLUSTER = read_cluster([{"CPU": 4.0, "memory": 16e9}] * 3 + [{"CPU": 2.0, "GPU": 1.0, "memory": 8e9}])
 
@@ -185,6 +226,13 @@ class TestCluster:
     def test_what_fits_no_single_node_together_is_a_fault(self) -> None:
         (fault,) = resource_faults(ExecutionConfig(cpus_per_trial=4, gpus_per_trial=1), self.CLUSTER)
         assert fault.key == "execution"
+
+    def test_workers_of_a_trial_may_be_on_several_nodes(self) -> None:
+        execution = ExecutionConfig(cpus_per_trial=3, gpus_per_trial=0, workers=3)
+        assert resource_faults(execution, self.CLUSTER) == []
+        assert num_trials(execution, self.CLUSTER) == 1
+        (fault,) = resource_faults(ExecutionConfig(cpus_per_trial=3, gpus_per_trial=0, workers=4), self.CLUSTER)
+        assert fault.message == "4 asked for; the cluster can hold 3 of 3 CPUs"
 
     def test_trials_are_counted_node_by_node(self) -> None:
         assert num_trials(ExecutionConfig(cpus_per_trial=3, gpus_per_trial=0), self.CLUSTER) == 3

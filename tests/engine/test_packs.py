@@ -41,10 +41,10 @@ def run(name: str, *, base: ResolvedBase = BASE, defense: tuple[Item, ...] = ())
 
 
 def packed(
-    *jobs: Any, size: int | None = 3, num_trials: int = 1, steps: Mapping[str, int] | None = None
+    *jobs: Any, size: int | None = 3, num_trials: int = 1, steps: Mapping[str, int] | None = None, workers: int = 1
 ) -> tuple[_GraphSearcher, _Notes, Packer]:
     notes = _Notes()
-    packer = Packer(pack_keys(jobs, ()), steps or {}, size, num_trials)
+    packer = Packer(pack_keys(jobs, ()), steps or {}, size, num_trials, workers)
     return _GraphSearcher({each.id: each for each in jobs}, notes, packer), notes, packer
 
 
@@ -69,6 +69,46 @@ def test_the_longest_trainings_share_a_trial_and_then_each_has_its_own() -> None
     for trial in ("t2", "t4", "t5"):
         graph.finish(trial, None)
     assert notes.said[2:] == [("done", "a"), ("done", "b"), ("done", "c")]
+
+
+def test_what_several_workers_train_is_followed_by_a_trial_of_one() -> None:
+    graph, notes, _ = packed(run("a"), job("vector"), run("b"), size=1, workers=2)
+    assert graph.suggest("t1") == {"job": "a", "pack": ["a"]}
+    assert graph.suggest("t2") == {"job": "vector"}, "nothing but trainings has several workers"
+    assert graph.suggest("t3") == {"job": "b", "pack": ["b"]}
+    graph.member("a", None)
+    graph.finish("t1", None)
+    graph.finish("t2", None)
+    graph.finish("t3", "the workers died")
+    assert graph.suggest("t4") == {"job": "a"}, "sampling and plain losses"
+    assert graph.suggest("t5") == Searcher.FINISHED
+    graph.finish("t4", None)
+    assert notes.said == [("done", "vector"), ("failed", "b", "the workers died"), ("done", "a")]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "message"),
+    [
+        (["execution.pack=2"], "execution.pack", "several workers train one run, not a pack; got 2"),
+        (
+            ["execution.workers=1", "execution.zero_stage=3"],
+            "execution.zero_stage",
+            "stage 3 divides the base among several workers, and execution.workers is 1; allowed here: 0, 1, 2",
+        ),
+    ],
+)
+def test_what_workers_cannot_be_combined_with(
+    overrides: list[str], key: str, message: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    sweep = TinySweep(tmp_path, tiny_model_folder(tmp_path_factory))
+    assert sweep.faults("execution.workers=2", *overrides) == {key: message}
+    sweep.prepare("execution.workers=2", "execution.pack=auto", "execution.zero_stage=3")
+    sweep.raw["runs"] = [{"defense": {"kind": "gradient_penalty", "vector": "topic", "strength": 1.0, "layers": [2]}}]
+    refused = sweep.faults("execution.workers=2", "execution.zero_stage=3")
+    assert refused == {
+        "execution.zero_stage": "a gradient_penalty (of second order) cannot be trained at stage 3; "
+        "allowed with it: 0, 1, 2"
+    }
 
 
 def test_only_runs_of_one_base_and_order_share_a_pack() -> None:
