@@ -169,6 +169,27 @@ class AxisSummaryRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CapStabilityRow:
+    """A ceiling that is calibrated on some rows of the data and read on the others; see analysis/cap_stability.py."""
+
+    measure_id: str = column(_MEASURE_ID)
+    vector: str = column("name of the vector: the axis, and the direction of the attack")
+    layer: int = column(_LAYER)
+    num_rows: int = column("rows of the data that a ceiling is calibrated on; the others are held out")
+    shift: float = column("standard deviation of the noise on activations, in units of reference_sd")
+    strength: float = column("coefficient of the steering attack")
+    num_draws: int = column("draws of the rows")
+    ceiling: float = column("mean over draws of the ceiling", "units of activation")
+    ceiling_sd: float | None = column("its standard deviation over draws; null with one", "units of activation")
+    reference_sd: float = column("standard deviation of all projections of the data", "units of activation")
+    kept: float = column("mean over draws of the share of held-out tokens that the cap leaves as they are")
+    caught: float = column("mean over draws of the share of attacked tokens that it takes something away from")
+    f1: float = column("mean over draws of the harmonic mean of the two")
+    f1_low: float = column("2.5th percentile of it over draws")
+    f1_high: float = column("97.5th percentile of it over draws")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AxisTestRow:
     """Two estimators against each other on the same draws."""
 

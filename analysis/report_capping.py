@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pandas as pd
 
 from analysis.figure_style import Drawn, Width
-from analysis.panels import bars
+from analysis.manifest import MeasureEntry
+from analysis.panels import bars, curves
 from analysis.report_blocks import Block, drawn_block, number
 from analysis.rows import NO_CONDITION as NONE
 
@@ -91,3 +93,68 @@ def trade_off(frame: pd.DataFrame, numbers: dict[str, str], *, width: Width) -> 
 def _with_interval(row: Mapping[str, Any], name: str) -> str:
     text, low, high = number(row[name], ".2f"), row[f"{name}_low"], row[f"{name}_high"]
     return text if pd.isna(low) else f"{text} ({low:.2f} to {high:.2f})"
+
+
+def stability_blocks(frame: pd.DataFrame, entry: MeasureEntry) -> Iterator[Block]:
+    """Figures and a table of the table ``cap_stability`` of one measurement; nothing while it is empty."""
+    if frame.empty:
+        return
+    strengths = sorted(set(frame["strength"]))
+    shifts, most = sorted(set(frame["shift"])), int(frame["num_rows"].max())
+    what = (
+        "F1 of the share of held-out tokens that a calibrated ceiling leaves as they are and the share of tokens under "
+        f"a steering attack that it catches; means over {int(frame['num_draws'].iloc[0])} draws of the rows that it is "
+        "calibrated on, with the range of 95 % of them. A panel per layer, a curve per strength of the attack."
+    )
+    yield from drawn_block(
+        f"{entry.name}_rows",
+        "A ceiling over the rows that it is calibrated on",
+        f"{what} Over rows (logarithm to base 10), nothing shifted.",
+        partial(stability_curves, frame[frame["shift"] == shifts[0]], along="num_rows"),
+    )
+    if len(shifts) > 1:
+        yield from drawn_block(
+            f"{entry.name}_shifts",
+            f"A ceiling under shifted activations, calibrated on {most} rows",
+            f"{what} Over the noise on activations, in standard deviations of the data's projections.",
+            partial(stability_curves, frame[frame["num_rows"] == most], along="shift"),
+        )
+    last = frame[frame["strength"] == strengths[-1]]
+    yield Block(
+        f"{entry.name}_table",
+        f"Ceilings, and what they do under an attack of strength {strengths[-1]:g}",
+        "Mean and standard deviation of the ceiling over draws, in units of activation; kept and caught as above.",
+        head=("Axis", "Layer", "Rows", "Shift", "ceiling", "kept", "caught", "F1"),
+        rows=tuple(
+            (
+                str(row["vector"]),
+                str(row["layer"]),
+                str(row["num_rows"]),
+                f"{row['shift']:g}",
+                f"{row['ceiling']:.2f} ± {number(row['ceiling_sd'], '.2f')}",
+                f"{row['kept']:.3f}",
+                f"{row['caught']:.3f}",
+                f"{row['f1']:.3f} ({row['f1_low']:.3f} to {row['f1_high']:.3f})",
+            )
+            for row in ({str(name): value for name, value in one.items()} for one in last.to_dict("records"))
+        ),
+    )
+
+
+def stability_curves(frame: pd.DataFrame, *, along: str, width: Width) -> Drawn | None:
+    """A curve of F1 per strength over ``along``, a panel per axis and layer."""
+    several = len(set(frame["vector"])) > 1
+    rows = zip(frame["vector"], frame["layer"], strict=True)
+    points = pd.DataFrame(
+        {
+            "panel": [f"{vector}, layer {layer}" if several else f"layer {layer}" for vector, layer in rows],
+            "series": [f"strength {strength:g}" for strength in frame["strength"]],
+            "x": [math.log10(value) if along == "num_rows" else value for value in frame[along]],
+            "y": frame["f1"],
+            "error": math.nan,
+            "low": frame["f1_low"],
+            "high": frame["f1_high"],
+        }
+    )
+    label = "rows calibrated on, log10" if along == "num_rows" else "shift, standard deviations"
+    return curves(points, x_label=label, y_label="F1", width=width)

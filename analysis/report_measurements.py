@@ -18,7 +18,7 @@ from analysis.foretold import foretold, how_it_held, measurement_of, ranking
 from analysis.manifest import MeasureEntry
 from analysis.report_axes import axis_blocks
 from analysis.report_blocks import Block, drawn_block, interval, number
-from analysis.report_capping import capping_blocks
+from analysis.report_capping import capping_blocks, stability_blocks
 from analysis.results import Results
 from analysis.rows import NO_CONDITION
 from analysis.steering_strength import scores_by_coefficient, with_coefficients
@@ -189,6 +189,7 @@ def _blocks(results: Results, entry: MeasureEntry) -> Iterator[Block]:
             )
     yield from _further(table, entry, stem, where)
     yield from axis_blocks(table("axis_summary"), table("axis_tests"), entry)
+    yield from stability_blocks(table("cap_stability"), entry)
 
 
 def _further(table: Callable[[str], pd.DataFrame], entry: MeasureEntry, stem: str, where: str) -> Iterator[Block]:

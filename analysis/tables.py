@@ -22,6 +22,7 @@ from analysis.measured_rows import (
     AxisAlignmentRow,
     AxisSummaryRow,
     AxisTestRow,
+    CapStabilityRow,
     ComponentRow,
     ComponentScoreRow,
     GradientRow,
@@ -53,6 +54,7 @@ TABLES: dict[str, type] = {
     "axis_alignments": AxisAlignmentRow,
     "axis_summary": AxisSummaryRow,
     "axis_tests": AxisTestRow,
+    "cap_stability": CapStabilityRow,
 }
 """The tables that are stored, with the class of their rows."""
 

@@ -88,7 +88,7 @@ class MeasureTasks:
             for target in () if targets else (bases or unsound):
                 self._check(config, name, target)
             for target in targets:
-                sound = self._check(config, name, target)
+                sound = self._check(config, name, target) and self._check_data(config, name, content)
                 if sound and content is not None and prompts is not None:
                     self._add(name, config, key, target, content, max_length, prompts, banks)
 
@@ -157,6 +157,15 @@ class MeasureTasks:
         # conditions of one grid often share a fault, and so do models
         self.sources.faults += [fault for fault in dict.fromkeys(faults) if fault not in self.sources.faults]
         return not faults and len(shapes) == len(names)
+
+    def _check_data(self, config: BaseMeasurement, name: str, content: str | None) -> bool:
+        """Whether the number of rows does; what does not is a fault."""
+        if content is None:
+            return True
+        num_rows = len(chosen_rows(len(self.sources.rows[content]), config))
+        faults = [Fault(self._key(name, path), message) for path, message in config.data_faults(num_rows)]
+        self.sources.faults += [fault for fault in faults if fault not in self.sources.faults]
+        return not faults
 
     def _add(
         self,

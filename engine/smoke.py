@@ -56,7 +56,7 @@ def smoke_questions(questions: Sequence[QuestionText]) -> tuple[QuestionText, ..
 def smoke_measurement(measurement: ModelMeasurement) -> ModelMeasurement:
     """The same conditions, layers and vectors on few rows, in two shards."""
     samples = NUM_ROWS if measurement.samples is None else min(measurement.samples, NUM_ROWS)
-    return measurement.model_copy(update={"samples": samples, "rows_per_shard": 1})
+    return measurement.model_copy(update={"samples": samples, "rows_per_shard": 1}).smoke()
 
 
 def smoke_results(results: str) -> str:

@@ -9,6 +9,7 @@ from pydantic import Field
 from analysis.measurements.activation_changes import ActivationChangeMeasurement
 from analysis.measurements.axis_synthetic import SyntheticAxes
 from analysis.measurements.base import AnyMeasurement, BaseMeasurement, Made, NamesData, Part, Shard, Study
+from analysis.measurements.cap_stability import CapStabilityMeasurement
 from analysis.measurements.components import ComponentMeasurement
 from analysis.measurements.gradients import GradientMeasurement
 from analysis.measurements.losses import LossMeasurement
@@ -24,6 +25,7 @@ ModelMeasurement: TypeAlias = (
     | ComponentMeasurement
     | ProjectionMeasurement
     | ActivationChangeMeasurement
+    | CapStabilityMeasurement
 )
 """Those that read a model on rows of data."""
 
@@ -41,6 +43,7 @@ __all__ = [
     "ActivationChangeMeasurement",
     "AnyMeasurement",
     "BaseMeasurement",
+    "CapStabilityMeasurement",
     "ComponentMeasurement",
     "GradientMeasurement",
     "LossMeasurement",

@@ -143,6 +143,15 @@ class BaseMeasurement(AnyMeasurement):
         del model, vectors
         return ()
 
+    def data_faults(self, num_rows: int) -> Iterable[tuple[tuple[str | int, ...], str]]:
+        """``(path of a field, message)`` for what does not go with so many rows to read."""
+        del num_rows
+        return ()
+
+    def smoke(self) -> Self:
+        """The same for as few rows as a smoke run reads, where their number matters."""
+        return self
+
     def forwards_per_row(self, model: ModelShape) -> int:
         """Forward passes (most with a backward pass) that one row takes, for ``plan``."""
         del model

@@ -16,6 +16,7 @@ from analysis.measured_rows import (
     AxisAlignmentRow,
     AxisSummaryRow,
     AxisTestRow,
+    CapStabilityRow,
     ComponentRow,
     ComponentScoreRow,
     GradientRow,
@@ -91,6 +92,7 @@ ROWS: dict[str, Any] = {
     "axis_alignments": example(AxisAlignmentRow),
     "axis_summary": example(AxisSummaryRow),
     "axis_tests": example(AxisTestRow),
+    "cap_stability": example(CapStabilityRow),
 }
 
 
