@@ -11,12 +11,13 @@ from analysis.measurements import BaseMeasurement, MeasurementConfig, ModelMeasu
 from analysis.vectors import part_of_rows
 from engine.config_faults import format_path, nearest, show
 from engine.contents import prompt_bank
+from engine.measure_jobs import STUDY, MeasureJob, MergeJob, StudyJob
 from engine.named import without_faults
 from engine.row_proofs import RowProofs, tokenizer_name
 from engine.smoke import smoke_measurement
 from engine.sources import Sources
 from engine.sweep_file import Sweep
-from engine.tasks import STUDY, MeasureJob, MergeJob, RunJob, StudyJob, base_run_id, task_id
+from engine.tasks import RunJob, base_run_id, task_id
 from engine.vector_tasks import VectorTasks
 from trainables.base_model import BaseConfig, ResolvedBase
 from trainables.chat_data import DataConfig, HubDataset

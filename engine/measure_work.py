@@ -11,8 +11,8 @@ from safetensors.torch import load, save
 from analysis.manifest import tensors_key, vector_key
 from analysis.measurements import Made, Part, Shard
 from analysis.vectors import Vector
+from engine.measure_jobs import MeasureJob, MergeJob, StudyJob
 from engine.store import Store
-from engine.tasks import MeasureJob, MergeJob, StudyJob
 from trainables.base_model import LoadedBase
 from trainables.defenses import Message
 from trainables.tune_trainable import Report

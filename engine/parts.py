@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from analysis.manifest import RunEntry
-from engine.tasks import Job, MeasureJob, MergeJob, RunJob, StudyJob
+from engine.measure_jobs import MeasureJob, MergeJob, StudyJob
+from engine.tasks import Job, RunJob
 from engine.weight_jobs import PileJob, ProfileJob
 
 

@@ -24,6 +24,7 @@ from analysis.tables import table_key
 from engine.judging import is_judged, missing_keys
 from engine.lease import Lease
 from engine.machine import read_cluster, read_machine
+from engine.measure_jobs import MeasureJob, StudyJob
 from engine.packs import trained_runs
 from engine.prepare import Prepared, prepare
 from engine.progress import make_progress
@@ -31,7 +32,7 @@ from engine.proved import proved_key
 from engine.ray_session import RaySession
 from engine.stopping import Stoppable
 from engine.store import Store
-from engine.tasks import AnswerTask, Job, JudgeTask, MeasureJob, StudyJob
+from engine.tasks import AnswerTask, Job, JudgeTask
 from engine.trackers.feed import Feed
 from engine.versions import versions
 from engine.watching import SweepWatcher

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 from analysis.judges import MetricConfig
-from analysis.manifest import run_key, tensors_key, vector_key
-from analysis.measurements import MeasurementConfig, ModelMeasurement, SyntheticAxes
+from analysis.manifest import run_key, vector_key
 from analysis.tables import table_key
 from analysis.vectors import VectorConfig
 from engine.jobs import StoredJob
+from engine.measure_jobs import MeasureJob, MergeJob, StudyJob
 from engine.weight_jobs import EditTask, PileJob, ProfileJob
 from trainables.base_model import ResolvedBase
 from trainables.chat_data import DataConfig
@@ -34,8 +33,6 @@ from trainables.training_config import TrainingConfig
 TRAIN_SEMANTICS = 2  # 2: rows of a step are cut into micro-batches by length, which deals out dropout masks anew
 SAMPLE_SEMANTICS = 1
 LOSS_SEMANTICS = 1
-STUDY = "synthetic"
-"""What a study is of, where a measurement names a model."""
 
 
 def task_id(recipe: dict[str, Any]) -> str:
@@ -314,95 +311,6 @@ class RunJob(StoredJob):
     def answers(self) -> tuple[AnswerTask, ...]:
         """What a server is asked for once the job is done."""
         return tuple(AnswerTask(sample=task, run_id=self.id) for task in self.samples if task.endpoint is not None)
-
-
-class MeasureJob(StoredJob):
-    """Measures one shard: some rows of a data file, read by one model."""
-
-    id: str
-    label: str
-    base: ResolvedBase
-    run_id: str
-    is_base: bool
-    measurement: ModelMeasurement  # names vectors by task id and holds prompts as texts
-    content: str  # sha256 of the rows of the data
-    rows: tuple[int, ...]  # their indices in it
-    max_length: int
-    vector_ids: tuple[str, ...]
-    name: str  # the measurement's in the sweep
-    run: str  # label
-    merged: tuple[str, ...] = ()  # as in the run's job
-
-    @staticmethod
-    def identity(
-        run_id: str, measurement: ModelMeasurement, content: str, rows: Sequence[int], max_length: int
-    ) -> dict[str, Any]:
-        """The measurement must be resolved."""
-        read = {"run": run_id, "data": content, "rows": list(rows), "max_length": max_length}
-        return {"kind": f"measure/{measurement.kind}", "measurement": measurement.identity()} | read
-
-    @property
-    def parents(self) -> tuple[str, ...]:
-        return (*(() if self.is_base else (self.run_id,)), *self.vector_ids)
-
-    def tasks(self) -> tuple[tuple[str, str], ...]:
-        """The shard, once for each key that it makes."""
-        keys = [table_key(table, self.id) for table in self.measurement.tables]
-        return tuple((self.id, key) for key in [*keys, *([tensors_key(self.id)] * self.measurement.has_tensors)])
-
-
-class StudyJob(StoredJob):
-    """Computes one shard of a study: some of its cells. No model is read."""
-
-    id: str
-    label: str
-    measurement: SyntheticAxes
-    cells: tuple[int, ...]
-    name: str
-    run: str = STUDY
-
-    @staticmethod
-    def identity(measurement: SyntheticAxes, cells: Sequence[int]) -> dict[str, Any]:
-        return {
-            "kind": f"study/{measurement.kind}",
-            "measurement": measurement.identity(),
-            "cells": list(cells),
-        }
-
-    @property
-    def parents(self) -> tuple[str, ...]:
-        return ()
-
-    def tasks(self) -> tuple[tuple[str, str], ...]:
-        """The shard, once for each key that it makes."""
-        return tuple((self.id, table_key(table, self.id)) for table in self.measurement.tables)
-
-
-class MergeJob(StoredJob):
-    """Makes something of all shards of one measurement of one model."""
-
-    id: str
-    label: str
-    measurement: MeasurementConfig  # as in the shards
-    shard_ids: tuple[str, ...]
-    vector_ids: tuple[str, ...]
-    name: str
-    run: str
-
-    @staticmethod
-    def identity(measurement: MeasurementConfig, shard_ids: Sequence[str]) -> dict[str, Any]:
-        return {
-            "kind": f"measure/{measurement.kind}/merge",
-            "measurement": measurement.identity(),
-            "shards": list(shard_ids),
-        }
-
-    @property
-    def parents(self) -> tuple[str, ...]:
-        return (*self.shard_ids, *self.vector_ids)
-
-    def tasks(self) -> tuple[tuple[str, str], ...]:
-        return tuple((self.id, table_key(table, self.id)) for table in self.measurement.merged_tables)
 
 
 Job: TypeAlias = AnswersJob | VectorJob | RunJob | MeasureJob | StudyJob | MergeJob | PileJob | ProfileJob

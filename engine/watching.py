@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.manifest import Failure, failures_key, log_key
 from engine.judging import is_judged
+from engine.measure_jobs import MeasureJob, StudyJob
 from engine.prepare import Prepared
 from engine.progress import ProgressView, duration
 from engine.store import Store
-from engine.tasks import AnswersJob, MeasureJob, RunJob, StudyJob, VectorJob
+from engine.tasks import AnswersJob, RunJob, VectorJob
 from engine.weight_jobs import PileJob
 from trainables.failpoints import failpoint
 

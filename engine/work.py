@@ -19,12 +19,13 @@ from analysis.tables import table_key
 from analysis.vectors import Answer, Vector
 from engine.judging import judged_answers
 from engine.location import MARKER
+from engine.measure_jobs import MeasureJob, MergeJob, StudyJob
 from engine.measure_work import measure_shard, merge_shards, study_shard
 from engine.pack_work import is_trained, train_packed
 from engine.run_sink import StoreSink, checkpoint_key, utc_now
 from engine.software import Software, check_same, software
 from engine.store import Store
-from engine.tasks import AnswersJob, Job, MeasureJob, MergeJob, RunJob, SampleTask, StudyJob, TrainTask, VectorJob
+from engine.tasks import AnswersJob, Job, RunJob, SampleTask, TrainTask, VectorJob
 from engine.train_work import train_jobs
 from engine.weight_jobs import PileJob, ProfileJob
 from engine.weight_work import edited_model, make_profile, sum_pile

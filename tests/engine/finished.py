@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from analysis.manifest import failures_key, vector_key
 from analysis.rows import LossRow
 from engine.judging import judge_task
+from engine.measure_jobs import MeasureJob, MergeJob
 from engine.prepare import Prepared
 from engine.run import write_sweep
 from engine.store import Store
-from engine.tasks import Job, JudgeTask, MeasureJob, MergeJob, RunJob, VectorJob
+from engine.tasks import Job, JudgeTask, RunJob, VectorJob
 from trainables.rows import GenerationRow, SignalRow, TrainingRow
 
 ANSWER = "An answer with [brackets], [/nope] and :smile:."

@@ -13,6 +13,7 @@ from analysis.references import token_projections
 from analysis.report import write_report
 from analysis.results import Results, load
 from analysis.vectors import Vector
+from engine.measure_jobs import MeasureJob
 from engine.prepare import Prepared
 from tests.engine.test_measure_work import do_all
 from tests.engine.tiny_prepare import TinySweep, tiny_model_folder
@@ -55,7 +56,7 @@ def test_the_table_is_that_of_all_rows_together_however_they_are_dealt_out(sweep
     pd.testing.assert_frame_equal(found[names], other[names])
 
     work = work_in(prepared, tmp_path / "one")
-    (job, *_) = [one for one in prepared.jobs.values() if hasattr(one, "measurement")]
+    job = next(one for one in prepared.jobs.values() if isinstance(one, MeasureJob))
     config = job.measurement
     assert isinstance(config, CapStabilityMeasurement)
     (vector_id,) = config.vectors

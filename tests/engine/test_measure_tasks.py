@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from analysis.measurements import GradientMeasurement
+from engine.measure_jobs import MeasureJob
 from engine.measure_tasks import chosen_rows
 from engine.prepare import Prepared
-from engine.tasks import Job, MeasureJob, RunJob, VectorJob
+from engine.tasks import Job, RunJob, VectorJob
 from tests.engine.tiny_prepare import TinySweep, tiny_model_folder
 from trainables.errors import ConfigError
 

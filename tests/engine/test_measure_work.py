@@ -27,10 +27,10 @@ from analysis.steering_strength import scores_by_coefficient
 from analysis.tables import table_key
 from engine.collect import find_garbage
 from engine.look import status_view
+from engine.measure_jobs import MeasureJob
 from engine.predict_view import predict_view
 from engine.prepare import Prepared, prepare
 from engine.store import Store
-from engine.tasks import MeasureJob
 from tests.engine.finished import write_finished
 from tests.engine.test_measure_tasks import BEFORE
 from tests.engine.tiny_prepare import MACHINE, TinySweep, tiny_model_folder

@@ -16,11 +16,12 @@ from analysis.loading import find_base
 from analysis.manifest import adapter_key, run_key
 from analysis.results import load
 from engine.look import find_run, show_view
+from engine.measure_jobs import MeasureJob
 from engine.prepare import Prepared
 from engine.serving import merged_runs, vllm_commands
 from engine.show import plan_table, total_cost
 from engine.store import Store
-from engine.tasks import MeasureJob, RunJob, Start, TrainTask
+from engine.tasks import RunJob, Start, TrainTask
 from engine.work import _loaded
 from tests.engine.tiny_prepare import TinySweep, entries, ids, tiny_model_folder
 from tests.engine.tiny_work import work_in, work_on

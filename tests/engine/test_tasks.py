@@ -15,8 +15,9 @@ import engine.row_proofs
 import engine.tasks
 from analysis.vectors import VectorKind
 from engine.machine import Machine
+from engine.measure_jobs import MeasureJob, MergeJob, StudyJob
 from engine.prepare import prepare
-from engine.tasks import MeasureJob, MergeJob, RunJob, StudyJob, TrainTask, VectorJob, task_id
+from engine.tasks import RunJob, TrainTask, VectorJob, task_id
 from tests.engine.tiny_prepare import MACHINE, TinySweep, changed, entries, ids, tiny_model_folder
 from tests.tiny import tiny_tokenizer
 from trainables.defenses import Inoculation, Pps
