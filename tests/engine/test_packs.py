@@ -218,3 +218,17 @@ def test_packs_are_in_no_identity_and_in_the_plan(tmp_path: Path, tmp_path_facto
     assert "pack" not in str(plan_table(alone).caption)
     assert alone.packing == "exact", "on a CPU"
     assert sweep.faults("execution.pack=0", "execution.packing=quick").keys() == {"execution.pack", "execution.packing"}
+
+
+def test_only_what_is_asked_for_shares_packs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    sweep = TinySweep(tmp_path, tiny_model_folder(tmp_path_factory))
+    part = sweep.prepare("execution.pack=3", only="defense.kind == 'pps'")
+    assert "2 trainings in 1 pack of at most 3" in str(plan_table(part).caption)
+    packer = part.packer(part.jobs, ())
+    wanted = {job.id for job in part.jobs.values() if isinstance(job, RunJob) and job.train is not None}
+    assert set(packer.keys) == wanted
+    assert len(wanted) == 2
+    smoke = sweep.prepare("execution.pack=3", smoke=True)
+    assert "4 trainings in 2 packs of at most 3" in str(plan_table(smoke).caption)
+    several = sweep.prepare("execution.workers=2", "execution.pack=auto")
+    assert several.packer(several.jobs, ()).only_train([min(wanted)])
