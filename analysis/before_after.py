@@ -49,25 +49,33 @@ def before_after(entries: Sequence[RunEntry], values: dict[str, float]) -> pd.Da
 
     Runs that agree in these three, such as seeds, are rows of their own: a matrix takes their mean.
     """
-    by_id: dict[str | None, RunEntry] = {entry.run_id: entry for entry in entries}
     runs = [entry for entry in entries if entry.kind == "run"]
     defenses = list(dict.fromkeys(str(entry.config["defense"]) for entry in runs))
     starts = {entry.run_id: _start(entry, runs) for entry in runs}
     rows = []
     begun = [(BASE, entry) for entry in entries if entry.kind == "base"]
-    begun += [
-        (starts[child.run_id], by_id[child.parent])
-        for child in runs
-        if child.parent is not None and child.parent in by_id
-    ]
-    for start, before in dict.fromkeys((start, entry.label) for start, entry in begun):
-        rows += [(defense, start, NOTHING, values[before]) for defense in defenses]
-    for entry in runs:
-        data = PurePath(str(entry.config.get("data.train", entry.label))).stem
+    begun += [(starts[child.run_id], before) for child in runs if (before := _before(child, runs)) is not None]
+    for start, label in dict.fromkeys((start, entry.label) for start, entry in begun):
+        rows += [(defense, start, NOTHING, values[label]) for defense in defenses]
+    named = [str(entry.config.get("data.train", entry.label)) for entry in runs]
+    are_told_apart = len({PurePath(name).stem for name in named}) == len(set(named))
+    for entry, name in zip(runs, named, strict=True):
+        data = PurePath(name).stem if are_told_apart else name
         rows.append((str(entry.config["defense"]), starts[entry.run_id], data, values[entry.label]))
     frame = pd.DataFrame(rows, columns=["panel", "row", "column", "value"])
     frame["row"] = pd.Categorical(frame["row"], list(dict.fromkeys([BASE, *starts.values()])))
     return frame.sort_values("row", kind="stable").astype({"row": "str"}).reset_index(drop=True)
+
+
+def _before(child: RunEntry, runs: Sequence[RunEntry]) -> RunEntry | None:
+    """The run that it starts from, evaluated as it is where the sweep evaluates that run in several ways."""
+    parents = [run for run in runs if run.run_id == child.parent]
+
+    def evaluation(entry: RunEntry) -> dict[str, object]:
+        return {name: value for name, value in entry.config.items() if name.startswith("evaluation.")}
+
+    alike = [run for run in parents if evaluation(run) == evaluation(child)]
+    return next(iter(alike or parents), None)
 
 
 def _start(entry: RunEntry, runs: Sequence[RunEntry]) -> str:

@@ -79,10 +79,15 @@ def extraction_rows(root: Location, manifest: Manifest) -> list[ExtractionRow]:
 
 
 def _kept(root: Location, entries: list[AskedEntry], metric: str, rule: Filter) -> tuple[int, set[tuple[int, int]]]:
-    """The number of rows, and which of them are kept when ``metric`` scores the trait."""
-    number, kept = 0, set()
+    """The number of rows, and which of them are kept when ``metric`` scores the trait; 0 and none while answers of any
+    side are not all judged."""
+    number = 0
+    kept: set[tuple[int, int]] = set()
+    answers = [_answers(root, entry, metric) for entry in entries]
+    if not all(answers):
+        return 0, kept
     for pair in range(0, len(entries), 2):
-        sides = [_answers(root, entry, metric) for entry in entries[pair : pair + 2]]
+        sides = answers[pair : pair + 2]
         for index, (positive, negative) in enumerate(zip(*sides, strict=True)):
             number += 1
             if rule.reason_of(positive, negative) is None:

@@ -30,11 +30,15 @@ def foretold(results: Results) -> pd.DataFrame:
     rows.
     """
     predictions = results.table("predictions")
-    entries = {entry.name: entry for entry in results.manifest.measurements if "predictions" in entry.merged_tables}
+    entries = {
+        (entry.name, entry.run_id): entry
+        for entry in results.manifest.measurements
+        if "predictions" in entry.merged_tables
+    }
     summary = {str(row["run"]): row for row in results.summary().to_dict("records")} if len(predictions) else {}
     rows: list[dict[str, Any]] = []
     for prediction in predictions.to_dict("records"):
-        entry = entries[prediction["measurement"]]
+        entry = entries[prediction["measurement"], prediction["run_id"]]
         row = {str(key): value for key, value in prediction.items()}
         row |= {"data": data_name(entry), "trait": row["vector"], **dict.fromkeys(OUTCOMES)}
         found = runs_of(results.manifest, entry, str(row["condition"]))
@@ -93,7 +97,12 @@ def ranking(frame: pd.DataFrame, layer: int | None = None) -> pd.DataFrame:
 def how_it_held(frame: pd.DataFrame) -> pd.DataFrame:
     """``predictions.held`` of the candidates of all measurements that have an outcome: of the shift averaged over the
     layers, of the shift at every layer, and of the loss gap and the projection difference, which are the scores to
-    beat. Columns: score and the fields of ``Held``; no rows without outcomes."""
+    beat. Columns: score and the fields of ``Held``; no rows without outcomes.
+
+    A candidate with several runs (seeds) is one candidate: its outcome is their mean, and it has defended if the mean
+    of the lower ends of their intervals lies above 0. Seeds share the candidate's score, so they are no further
+    evidence that scores foretell outcomes.
+    """
     scores = [("shift, mean of layers", ranking(frame), "shift")]
     scores += [(f"shift, layer {layer}", ranking(frame, layer), "shift") for layer in sorted(set(frame["layer"]))]
     scores += [(name.replace("_", " "), ranking(frame), name) for name in ("loss_gap", "projection_difference")]
@@ -101,7 +110,9 @@ def how_it_held(frame: pd.DataFrame) -> pd.DataFrame:
     for title, ranked, column in scores:
         known = ranked.dropna(subset=[column, "outcome"])
         if len(known):
-            defended = [bool(value) for value in known["defended"]]
+            candidates = known.groupby(["measurement", "run", "data", "trait", "condition"], sort=False)
+            known = candidates.agg({column: "first", "outcome": "mean", "outcome_low": "mean"}).reset_index()
+            defended = [bool(low > 0) for low in known["outcome_low"]]
             found: Held = held(list(known[column]), list(known["outcome"]), defended)
             rows.append({"score": title, **vars(found)})
     return pd.DataFrame(rows, columns=["score", *Held.__dataclass_fields__])

@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 
 from analysis.figure_style import Drawn, Width
-from analysis.manifest import MeasureEntry
 from analysis.panels import bars, curves
 from analysis.report_blocks import Block, drawn_block, number
 from analysis.rows import NO_CONDITION as NONE
@@ -95,8 +94,9 @@ def _with_interval(row: Mapping[str, Any], name: str) -> str:
     return text if pd.isna(low) else f"{text} ({low:.2f} to {high:.2f})"
 
 
-def stability_blocks(frame: pd.DataFrame, entry: MeasureEntry) -> Iterator[Block]:
-    """Figures and a table of the table ``cap_stability`` of one measurement; nothing while it is empty."""
+def stability_blocks(frame: pd.DataFrame, stem: str, where: str) -> Iterator[Block]:
+    """Figures and a table of the table ``cap_stability`` of one model; nothing while it is empty. ``where``: which
+    model, for headings."""
     if frame.empty:
         return
     strengths = sorted(set(frame["strength"]))
@@ -107,22 +107,23 @@ def stability_blocks(frame: pd.DataFrame, entry: MeasureEntry) -> Iterator[Block
         "calibrated on, with the range of 95 % of them. A panel per layer, a curve per strength of the attack."
     )
     yield from drawn_block(
-        f"{entry.name}_rows",
-        "A ceiling over the rows that it is calibrated on",
-        f"{what} Over rows (logarithm to base 10), nothing shifted.",
+        f"{stem}_stability_rows",
+        f"A ceiling over the rows that it is calibrated on{where}",
+        f"{what} Over rows (logarithm to base 10), "
+        + (f"activations shifted by {shifts[0]:g}." if shifts[0] else "nothing shifted."),
         partial(stability_curves, frame[frame["shift"] == shifts[0]], along="num_rows"),
     )
     if len(shifts) > 1:
         yield from drawn_block(
-            f"{entry.name}_shifts",
-            f"A ceiling under shifted activations, calibrated on {most} rows",
+            f"{stem}_stability_shifts",
+            f"A ceiling under shifted activations, calibrated on {most} rows{where}",
             f"{what} Over the noise on activations, in standard deviations of the data's projections.",
             partial(stability_curves, frame[frame["num_rows"] == most], along="shift"),
         )
     last = frame[frame["strength"] == strengths[-1]]
     yield Block(
-        f"{entry.name}_table",
-        f"Ceilings, and what they do under an attack of strength {strengths[-1]:g}",
+        f"{stem}_stability",
+        f"Ceilings, and what they do under an attack of strength {strengths[-1]:g}{where}",
         "Mean and standard deviation of the ceiling over draws, in units of activation; kept and caught as above.",
         head=("Axis", "Layer", "Rows", "Shift", "ceiling", "kept", "caught", "F1"),
         rows=tuple(

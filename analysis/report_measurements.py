@@ -15,7 +15,7 @@ import pandas as pd
 from analysis import measured_figures as figures
 from analysis.cross_trait import cross_trait, cross_trait_gradients
 from analysis.foretold import foretold, how_it_held, measurement_of, ranking
-from analysis.manifest import MeasureEntry
+from analysis.manifest import MeasureEntry, RunEntry
 from analysis.report_axes import axis_blocks
 from analysis.report_blocks import Block, drawn_block, interval, number
 from analysis.report_capping import capping_blocks, stability_blocks
@@ -188,8 +188,8 @@ def _blocks(results: Results, entry: MeasureEntry) -> Iterator[Block]:
                 ),
             )
     yield from _further(table, entry, stem, where)
-    yield from axis_blocks(table("axis_summary"), table("axis_tests"), entry)
-    yield from stability_blocks(table("cap_stability"), entry)
+    yield from axis_blocks(table("axis_summary"), table("axis_tests"), entry)  # a study is of no model
+    yield from stability_blocks(table("cap_stability"), stem, where)
 
 
 def _further(table: Callable[[str], pd.DataFrame], entry: MeasureEntry, stem: str, where: str) -> Iterator[Block]:
@@ -246,15 +246,25 @@ def _compared(results: Results, entries: Sequence[MeasureEntry]) -> Iterator[Blo
     projections = projections[
         (projections["measurement"] == entries[0].name) & (projections["condition"] == NO_CONDITION)
     ]
-    if "base" not in set(projections["run"]) or projections["run"].nunique() < 2:
-        return
-    for vector in dict.fromkeys(projections["vector"]):
-        yield from drawn_block(
-            f"{entries[0].name}_projections_{vector}",
-            f"Activations of trained models along {vector}",
-            "Mean projection minus that of the base on the same rows, in units of the base's mean activation norm.",
-            partial(figures.projection_by_layer, projections, vector=vector, base="base"),
-        )
+    for base in (entry for entry in results.manifest.runs if entry.kind == "base"):
+        labels = [entry.label for entry in results.manifest.runs if _is_over(entry, base)]
+        own = projections[projections["run"].isin([base.label, *labels])]
+        if base.label not in set(own["run"]) or own["run"].nunique() < 2:
+            continue
+        where, stem = ("", "") if base.label == "base" else (f", {base.label}", f"_{base.run_id}")
+        for vector in dict.fromkeys(own["vector"]):
+            yield from drawn_block(
+                f"{entries[0].name}_projections_{vector}{stem}",
+                f"Activations of trained models along {vector}{where}",
+                "Mean projection minus that of the base on the same rows, in units of the base's mean activation norm.",
+                partial(figures.projection_by_layer, own, vector=vector, base=base.label),
+            )
+
+
+def _is_over(entry: RunEntry, base: RunEntry) -> bool:
+    """Whether a run's model is made of this base."""
+    fields = {name: value for name, value in base.config.items() if name.startswith("base.")}
+    return entry.kind != "base" and all(entry.config.get(name) == value for name, value in fields.items())
 
 
 def _steering_vectors(results: Results, entry: MeasureEntry) -> Iterator[Block]:

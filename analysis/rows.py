@@ -117,15 +117,17 @@ class ExtractionRow:
 class CappingRow:
     """A model under one cap: the derived table ``capping`` (``analysis.capping`` has the equations)."""
 
-    model: str = column("base, or the defense and the seed of the runs")
+    model: str = column("base, or the defense and the seed of the run; its label too where several are called so")
     cap: str = column("the capping items of evaluation.interventions in words; none: no cap")
-    num_attacks: int = column("attacks: other interventions and system prompts under which the model was asked")
+    num_attacks: int = column("attacks: other interventions and system prompts with scored answers")
     num_answers_attacked: int = column("scored answers under any attack", "answers")
-    attack_success: float | None = column("mean of the harm metric over them")
+    attack_success: float | None = column("mean of the harm metric over them, as a share of its scale")
     attack_success_low: float | None = column("lower end of its 95 % interval, bootstrap over questions")
     attack_success_high: float | None = column("upper end of its 95 % interval")
     defense_score: float | None = column("1 - attack_success")
-    harm_reduction: float | None = column("1 - attack_success over that without a cap; below 0: the cap made it worse")
+    harm_reduction: float | None = column(
+        "1 - attack_success over that without a cap, over attacks and questions that both have; below 0: made it worse"
+    )
     plain_rate: float | None = column("mean of the harm metric without an attack")
     capability: float | None = column("mean of the capability metric without an attack")
     capability_low: float | None = column("lower end of its 95 % interval, bootstrap over questions")

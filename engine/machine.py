@@ -17,6 +17,7 @@ from trainables.errors import Fault
 _GB = 1e9  # bytes
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
+_WAITING_GB = 1e-3  # more than the trial asks for that waits for workers (engine/scheduler.py)
 _ROUNDING = 1e-9  # 1 / 0.1 devices must hold 10 trials of a tenth
 
 
@@ -84,7 +85,9 @@ def _worker_faults(execution: ExecutionConfig, machine: Machine) -> list[Fault]:
     if execution.workers > fits:
         where = "the cluster" if machine.nodes else "this machine"
         message = f"{execution.workers} asked for; {where} can hold {fits} of {execution.cpus_per_trial} CPUs"
-        return [Fault("execution.workers", message + (f" and {gpus:g} GPUs" if gpus else ""))]
+        message += f", {gpus:g} GPUs" if gpus else ""
+        memory_gb = execution.memory_gb_per_trial
+        return [Fault("execution.workers", message + (f", {memory_gb:g} GB" if memory_gb else ""))]
     return []
 
 
@@ -158,7 +161,8 @@ def _num_fitting(execution: ExecutionConfig, machine: Machine, gpus: float) -> i
     elif gpus > 0:
         fits.append(math.floor(machine.num_gpus) * math.floor(1 / gpus + _ROUNDING))
     if execution.memory_gb_per_trial is not None:
-        fits.append(math.floor(machine.memory_gb / execution.memory_gb_per_trial + _ROUNDING))
+        spare = _WAITING_GB if execution.workers > 1 else 0.0
+        fits.append(math.floor((machine.memory_gb - spare) / execution.memory_gb_per_trial + _ROUNDING))
     return min(fits)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from engine.work import SweepWork
 
 # what a trial says of its pack in the figures of its last report; of its members: pack_trained, pack_failed
-FITS, OUT_OF_MEMORY = "pack_fits", "pack_out_of_memory"
+FITS, OUT_OF_MEMORY, TRIED = "pack_fits", "pack_out_of_memory", "pack_tried"
 
 
 def is_trained(work: SweepWork, run_id: str) -> bool:
@@ -84,7 +84,7 @@ def _train(
                 sink.log(f"the pack failed: {type(error).__name__}: {error}")
         if not is_out_of_memory(error):
             raise
-        return {OUT_OF_MEMORY: " ".join(f"out of memory: {error}".split())}
+        return {OUT_OF_MEMORY: " ".join(f"out of memory: {error}".split()), TRIED: len(todo)}
     if work.auto_pack and (by_measure := measured.num_fitting(len(todo))) is not None:
         figures[FITS] = by_measure
     return figures

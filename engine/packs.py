@@ -105,11 +105,11 @@ class Packer:
         if self.size is None:
             self.limits[self.keys[job_id]] = max(1, fits)
 
-    def split(self, members: Sequence[str], left: Sequence[str], reason: str) -> str:
-        """A pack has failed, with ``left`` of its members not trained; returns what to say of it."""
-        limit = max(1, len(members) // 2)
+    def split(self, size: int, left: Sequence[str], reason: str) -> str:
+        """A pack of ``size`` runs has failed, with ``left`` of them not trained; returns what to say of it."""
+        limit = max(1, size // 2)
         smaller = f"in packs of at most {limit}" if limit > 1 else "one by one"
-        said = f"a pack of {len(members)} failed ({reason}); its runs are trained {smaller}"
+        said = f"a pack of {size} failed ({reason}); its runs are trained {smaller}"
         for job_id in left:
             key = self.keys[job_id]
             self.limits[key] = min(self.limits.get(key, limit), limit)

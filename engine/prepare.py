@@ -180,12 +180,14 @@ def prepare(
     gpus_of_judges = judge_gpus * _num_local_judges(judge_tasks.values())
     gpus_at_once = gpus * execution.workers
     take_turns = is_short_of_gpus(gpus_at_once, gpus_of_judges, machine)
-    if take_turns and any(_waits_for_local_judge(job, judge_tasks) for job in asked_jobs.values()):
+    one_waits = is_short_of_gpus(gpus, gpus_of_judges, machine)  # what waits for a judge has one worker
+    if one_waits and any(_waits_for_local_judge(job, judge_tasks) for job in asked_jobs.values()):
         # Tune keeps the process of a trial that is done, with its GPU, until it knows what comes next: for ever, here
         message = (
             f"what is made of judged answers waits for its judge, and {machine.num_gpus:g} GPUs are not enough for a "
-            f"trial ({gpus_at_once:g}) beside local judges ({gpus_of_judges:g}); let them share (gpus_per_trial: 0.5, "
-            "gpus_per_local_judge: 0.5), or judge on the CPU (gpus_per_local_judge: 0)"
+            f"trial ({gpus:g}) beside local judges ({gpus_of_judges:g}); "
+            + ("" if execution.workers > 1 else "let them share (gpus_per_trial: 0.5, gpus_per_local_judge: 0.5), or ")
+            + "judge on the CPU (gpus_per_local_judge: 0)"
         )
         raise ConfigError([Fault("execution.gpus_per_local_judge", message)])
     return Prepared(

@@ -6,8 +6,10 @@ its parents are done; children of a failed job are never handed out.
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +23,14 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from engine.pack_work import FITS, OUT_OF_MEMORY, told
+from engine.pack_work import FITS, OUT_OF_MEMORY, TRIED, told
 from engine.packs import Packer
 from engine.tasks import Job, VectorJob
 from engine.weight_jobs import PileJob
 from trainables.memory import is_out_of_memory
 from trainables.tune_trainable import Work, tune_trainable
 
+LOOK_INTERVAL_S = 1.0
 LESS_MEMORY = (
     "lower training.micro_batch_size or data.max_length, set execution.gradient_checkpointing, "
     "or run fewer trials side by side (execution.trials)"
@@ -55,6 +58,10 @@ class Watcher(Protocol):
 
     def wait_for_judgement(self) -> None:
         """Wait until one more judging task has ended; there is one under way."""
+
+    def look(self) -> None:
+        """Called every second or so, whatever happens or does not: a judge that is done must not keep the GPU that a
+        trial waits for, and a waiting trial gives no sign."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +204,8 @@ class _GraphSearcher(StaysInDriver, Searcher):
         if reason is not None and left and len(members) == 1:
             self._lose(members[0], reason)
         elif reason is not None and left:
-            self.watcher.remark(self.packer.split(members, left, reason), ok=False)
+            size = int(result.get(TRIED, len(members)))  # where as many as fit are taken, the first ones
+            self.watcher.remark(self.packer.split(size, left[:size], reason), ok=False)
         elif FITS in result:
             self.packer.found(members[0], int(result[FITS]))
         back = {one for one in members if one not in self.lost}
@@ -230,6 +238,13 @@ class _Callback(StaysInDriver, tune.Callback):
     def __init__(self, searcher: _GraphSearcher, watcher: Watcher) -> None:
         self.searcher = searcher
         self.watcher = watcher
+        self.looked_at = -math.inf
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        del iteration, trials, info
+        if time.monotonic() - self.looked_at >= LOOK_INTERVAL_S:
+            self.looked_at = time.monotonic()
+            self.watcher.look()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         del iteration, trials, info

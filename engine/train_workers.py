@@ -7,7 +7,6 @@ worker that dies is Tune's business: the trial fails, and goes on from the check
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +23,9 @@ from ray.util.queue import Empty, Queue
 from engine.pack_work import is_trained
 from engine.run_sink import StoreSink
 from engine.tasks import RunJob, TrainTask
-from engine.train_work import run_spec, train_jobs
+from engine.train_work import keep_rows_of_failed, run_spec, train_jobs
 from trainables.errors import ShiftgradError
+from trainables.memory import is_out_of_memory
 from trainables.rows import SignalRow, TrainingRow
 from trainables.train import train_pack
 from trainables.tune_trainable import Report
@@ -81,6 +81,7 @@ def train_by_workers(work: SweepWork, job_id: str, report: Report) -> dict[str, 
 def _fit(work: SweepWork, job_id: str, report: Report) -> None:
     """Start the workers, pass on what the first one reports, and wait for all of them."""
     queue = Queue(actor_options={"num_cpus": 0})
+    sink = StoreSink(work.store, job_id, report)
     with tempfile.TemporaryDirectory(prefix="shiftgrad-train-") as throw_away, ThreadPoolExecutor(1) as pool:
         trainer = TorchTrainer(
             _worker,
@@ -95,29 +96,38 @@ def _fit(work: SweepWork, job_id: str, report: Report) -> None:
         )
         fitted = pool.submit(trainer.fit)  # beside the reports, which belong to this thread
         try:
-            while not fitted.done():
-                _pass_on(queue, report)
+            while not fitted.done() or not queue.empty():
+                sink.training_rows += _pass_on(queue, report)
             fitted.result()
         except TrainingFailedError as error:
-            raise _cause(error) from error
+            cause = _cause(error)
+            if not is_trained(work, job_id):  # the first worker may have been ended before it could do this
+                keep_rows_of_failed(work, sink, cause)
+                sink.log(f"failed: {_line(cause)}")
+            raise cause from error
         finally:
             queue.shutdown(force=True)
 
 
-def _pass_on(queue: Queue, report: Report) -> None:
-    with contextlib.suppress(Empty):
+def _pass_on(queue: Queue, report: Report) -> list[TrainingRow]:
+    """Report what the first worker says next, if it says something; the rows that came with it."""
+    try:
         last, rows, figures = queue.get(timeout=_POLL_S)
-        report(last=last, rows=rows, **figures)
+    except Empty:
+        return []
+    report(last=last, rows=rows, **figures)
+    return list(rows)
 
 
 def _cause(error: TrainingFailedError) -> Exception:
     """What a trial should say: an error of ours before those of workers that lost the one which raised it."""
     if not isinstance(error, WorkerGroupError):
         return WorkersDiedError(_line(error))
-    for failure in error.worker_failures.values():
-        cause = getattr(failure, "cause", failure)
-        if isinstance(cause, ShiftgradError):
-            return cause
+    causes = [getattr(failure, "cause", failure) for failure in error.worker_failures.values()]
+    for is_it in (lambda cause: isinstance(cause, ShiftgradError), is_out_of_memory):
+        for cause in causes:
+            if is_it(cause):
+                return cause
     ranks = ", ".join(f"worker {rank}: {_line(failure)}" for rank, failure in sorted(error.worker_failures.items()))
     return WorkersDiedError(ranks or _line(error))
 

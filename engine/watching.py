@@ -79,6 +79,9 @@ class SweepWatcher:
         if self.pool is not None:
             self.pool.poll()
 
+    def look(self) -> None:
+        self._poll()
+
     def failed(self, job_id: str, reason: str) -> None:
         failure = Failure(kind="failed", reason=reason, log_tail=self._log_tail(job_id))
         self._note(self._open_task(job_id), failure)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from analysis.judges import MetricConfig
 from analysis.manifest import EditEntry, MeasureEntry, PileEntry, Scalar
+from analysis.weight_rows import DELTA
 from analysis.weight_space import DirectionConfig, Place, place_of
 from analysis.weight_space.config import WeightSteeringConfig
 from analysis.weight_space.parameters import is_chosen, module_names
@@ -75,6 +76,8 @@ class WeightTasks:
         before = len(self.sources.faults)
         for name, direction in config.directions.items():
             here = f"{SECTION}.directions.{name}"
+            if name == DELTA:
+                self._fault(here, f"what the finetuning changed is called {DELTA} in tables; give another name")
             for field in ("of", "minus"):
                 pile = getattr(direction, field)
                 if pile not in config.piles:

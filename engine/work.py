@@ -188,8 +188,9 @@ class SweepWork:
     def _run(self, job: RunJob, sink: StoreSink, note: str) -> None:
         base = self.loaded(job.base, job.merged)
         if job.edit is not None:
+            present = self._present(job)  # what is calibrated reads the base, which an edit moves
             with edited_model(self.store, job.edit, base, lambda run_id: self._finetuned(base, run_id)) as model:
-                self._evaluate(job, base, model, sink)
+                self._evaluate(job, base, model, sink, present)
             return
         model = base.model
         if job.train is not None:
@@ -199,21 +200,36 @@ class SweepWork:
             else:
                 model = self._train(job, job.train, base, sink, note)
                 release_memory()
-        self._evaluate(job, base, model, sink)
+        self._evaluate(job, base, model, sink, self._present(job))
 
-    def _evaluate(self, job: RunJob, base: LoadedBase, model: Any, sink: StoreSink) -> None:
-        """Sample from the model, and measure its loss on plain answers."""
+    def _present(self, job: RunJob) -> dict[str, list[ValueIntervention]]:
+        """What is at work while the job samples and measures losses, by task, of those that are not done."""
+        keys = {task.id: table_key("generations", task.id) for task in job.samples if task.endpoint is None}
+        keys |= {task.id: table_key("losses", task.id) for task in job.losses}
+        items = {task.id: task.sampling.interventions for task in job.samples}
+        items |= {task.id: task.interventions for task in job.losses}
+        missing = [task for task, key in keys.items() if not self.store.exists(key)]
+        return {task: self._interventions(job.base, items[task]) for task in missing}
+
+    def _evaluate(
+        self,
+        job: RunJob,
+        base: LoadedBase,
+        model: Any,
+        sink: StoreSink,
+        present: Mapping[str, Sequence[ValueIntervention]],
+    ) -> None:
+        """Sample from the model, and measure its loss on plain answers; ``present`` by task."""
         for sample in job.samples:
             if sample.endpoint is not None:
                 continue
             if not self.store.exists(table_key("generations", sample.id)):
-                present = self._interventions(job.base, sample.sampling.interventions)
-                self._sample(model, base, sample, job.id, sink, present)
+                self._sample(model, base, sample, job.id, sink, present[sample.id])
             sink.report(last=True, sampled=sample.id)
         for loss in job.losses:
             if not self.store.exists(table_key("losses", loss.id)):
                 started = time.perf_counter()
-                with residual_stream(model, self._interventions(job.base, loss.interventions)):
+                with residual_stream(model, present[loss.id]):
                     losses = list(
                         response_losses(
                             base, model, self.rows(loss.content), measure_id=loss.id, max_length=loss.max_length

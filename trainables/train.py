@@ -117,6 +117,7 @@ def train_pack(
     try:
         for run in runs:
             run.done, run.signals = resume(run.name, run.num_steps, driver, sinks[run.name])
+        workers.must_agree([float(run.step) for run in runs], "the steps that are done")
         with native_ops(model) if own_ops else contextlib.nullcontext("nothing else") as native:
             for run in runs:
                 sinks[run.name].log(f"computed by shiftgrad: {num_lora} LoRA modules, {native}{pack.said()}")

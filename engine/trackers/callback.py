@@ -33,9 +33,9 @@ class TrackerCallback(StaysInDriver, LoggerCallback):
             self.feed.failed(member[0], member[1])
 
     def log_trial_end(self, trial: Trial, failed: bool = False) -> None:
-        if "pack" in trial.config:
-            return  # a pack only trains: each of its runs ends in a trial of its own
-        reason = why_failed(trial, failed)
+        reason, pack = why_failed(trial, failed), trial.config.get("pack", ())
+        if len(pack) > 1 or (pack and reason is None):
+            return  # a pack only trains: each of its runs ends in a trial of its own, unless one alone has failed
         if reason is None:
             self.feed.done(trial.config["job"])
         else:

@@ -95,3 +95,25 @@ def test_blocks_are_there_where_runs_start_from_runs() -> None:
     assert before_after_blocks(parents, summary, panels) == []
     summary["trait"] = np.nan
     assert [block.name for block in before_after_blocks(entries, summary, panels)] == ["before_after_plain_loss"]
+
+
+def on(file: str, samples: int = 1) -> dict[str, Scalar]:
+    return {"data.train": file, "defense": "none", "evaluation.samples": samples}
+
+
+def test_files_of_one_name_in_two_folders_are_two_columns() -> None:
+    base, parent = entry("base", 0), entry("first", 1, None, "merge", **on("bridge/on_trait.jsonl"))
+    child = entry("second", 2, parent, "merge", **on("recipe/on_trait.jsonl"))
+    cells = before_after([base, parent, child], {"base": 0.0, "first": 1.0, "second": 0.5})
+    assert set(cells["column"]) == {NOTHING, "bridge/on_trait.jsonl", "recipe/on_trait.jsonl"}
+
+
+def test_the_model_before_is_the_one_that_was_evaluated_alike() -> None:
+    """One training in two evaluations: two rows of the sweep with one run."""
+    first = entry("first", 1, None, "merge", **on("d.jsonl"))
+    other = entry("more", 1, None, "merge", **on("d.jsonl", 5))
+    child = entry("second", 2, first, "merge", **on("d.jsonl"))
+    values = {"base": 0.0, "first": 1.0, "more": 9.0, "second": 2.0}
+    cells = before_after([entry("base", 0), first, other, child], values)
+    before = cells[(cells["row"] == "first") & (cells["column"] == NOTHING)]
+    assert list(before["value"]) == [1.0]

@@ -115,6 +115,50 @@ def test_a_system_prompt_that_every_row_has_is_no_attack() -> None:
     assert list(usual.frame()["plain_rate"]) == [0.5, 0.0]
 
 
+def test_scores_on_another_scale_count_as_their_share_of_it() -> None:
+    judged = Sweep()
+    judged.add([], {"trait": [0, 10]}, 1.0)
+    judged.add([STEER], {"trait": [80, 60]}, 1.0)
+    judged.add([STEER, CAP], {"trait": [10, 20]}, 1.0)
+    judged.entries = [entry.model_copy(update={"scales": {"trait": (0.0, 100.0)}}) for entry in judged.entries]
+    without, capped = judged.frame().to_dict("records")
+    assert (without["attack_success"], capped["attack_success"]) == pytest.approx((0.7, 0.15))
+    assert capped["defense_score"] == pytest.approx(0.85)
+    assert capped["harm_reduction"] == pytest.approx(1 - 0.15 / 0.7)
+    assert 0 <= capped["attack_success_low"] <= capped["attack_success_high"] <= 1
+
+
+def test_attacks_that_one_side_has_not_answered_are_not_compared() -> None:
+    """A cap that does nothing, while the stronger attack is not scored under it yet."""
+    running = Sweep()
+    strong = STEER | {"coefficient": 5}
+    running.add([STEER], {"trait": [1, 0, 0, 0]}, 1.0)
+    running.add([strong], {"trait": [1, 1, 1, 1]}, 1.0)
+    running.add([STEER, CAP], {"trait": [1, 0, 0, 0]}, 1.0)
+    running.add([strong, CAP], {"trait": []}, 1.0)
+    without, capped = running.frame().to_dict("records")
+    assert (without["num_attacks"], capped["num_attacks"]) == (2, 1)
+    assert (without["attack_success"], capped["attack_success"]) == (0.625, 0.25)
+    assert capped["harm_reduction"] == 0
+
+
+def test_models_and_caps_that_are_called_alike_are_told_apart() -> None:
+    several = Sweep()
+    for number, values in enumerate(([1.0, 1.0], [0.0, 0.0])):
+        several.add([STEER], {"trait": values}, 1.0)
+        several.add([STEER, CAP], {"trait": values}, 1.0)
+        several.add([STEER, CAP | {"first_token": True}], {"trait": [0, 0]}, 1.0)
+        for place in (-1, -2, -3):
+            one = several.entries[place]
+            changes = {"kind": "run", "run_id": f"{number:012x}", "config": one.config | {"defense": "none"}}
+            several.entries[place] = one.model_copy(update=changes)
+    frame = several.frame()
+    cap = "cap axis L2 within 0.4"
+    assert list(frame["cap"]) == ["none", f"{cap} (1)", f"{cap} (2)"] * 2
+    assert list(frame["attack_success"]) == [1, 1, 0, 0, 0, 0]
+    assert list(frame["model"]) == [*["none seed 0 (row 0)"] * 3, *["none seed 0 (row 3)"] * 3]
+
+
 def test_it_is_shown(sweep: Sweep) -> None:
     figure, table = capping_blocks(sweep.frame())
     assert figure.drawn

@@ -222,8 +222,11 @@ class TestMadeWithoutRay:
         assert set(results.extractions()["num_rows"]) == {0}, "nothing is judged yet"
         vector_job = prepared.jobs[prepared.manifest.vectors["topic"]]
         assert isinstance(vector_job, VectorJob)
-        for judge_id in vector_job.all_judge_ids:
+        judge_ids = list(vector_job.all_judge_ids)
+        for number, judge_id in enumerate(judge_ids, start=1):
             asyncio.run(judge_task(work.store, prepared.judge_tasks[judge_id]))
+            if number == 1:
+                assert set(results.extractions()["num_rows"]) == {0}, "one side of one pair is judged"
         answers = results.asked_answers()
         positive = answers[answers["run"].str.startswith("positive")]
         shown = {metric: int(part["value"].sum()) for metric, part in positive.groupby("metric")}

@@ -186,11 +186,20 @@ def test_trials_are_counted_with_all_their_workers(settings: dict[str, Any], mac
 @pytest.mark.parametrize(
     ("settings", "key", "message"),
     [
-        ({"workers": 5}, "execution.workers", "5 asked for; this machine can hold 4 of 1 CPUs and 1 GPUs"),
+        ({"workers": 5}, "execution.workers", "5 asked for; this machine can hold 4 of 1 CPUs, 1 GPUs"),
         (
             {"workers": 9, "cpus_per_trial": 2, "gpus_per_trial": 0},
             "execution.workers",
             "9 asked for; this machine can hold 8 of 2 CPUs",
+        ),
+        (
+            {
+                "workers": 2,
+                "gpus_per_trial": 0,
+                "memory_gb_per_trial": 64,
+            },  # all of it, and what waits needs a byte
+            "execution.workers",
+            "2 asked for; this machine can hold 1 of 1 CPUs, 64 GB",
         ),
         (
             {"workers": 2, "gpus_per_trial": 0.5},

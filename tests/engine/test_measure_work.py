@@ -192,6 +192,15 @@ EVERY_KIND = {
     },
     "activations": {"kind": "projections", "vectors": ["topic"], "samples": 3, "conditions": [PPS]},
     "one_step": {"kind": "activation_changes", "vectors": ["topic"], "samples": 3, "conditions": [PPS, PROMPT]},
+    "steady": {
+        "kind": "cap_stability",
+        "vectors": ["topic"],
+        "layers": [2],
+        "ceiling": {"percentile": 90},
+        "calibration_rows": [2, 4],
+        "strengths": [1.0],
+        "draws": 3,
+    },
     "curves": {
         "kind": "gradients",
         "vectors": ["topic"],
@@ -328,7 +337,10 @@ def test_predictions_stand_beside_what_runs_showed(foreseen: Results) -> None:
     }
     ranked = ranking(frame)
     assert list(ranked["condition"])[:4] == sorted(SHIFTS, key=lambda label: -SHIFTS[label])
-    assert list(how_it_held(frame)["num_candidates"])[:3] == [6, 6, 6]
+    held = how_it_held(frame)
+    assert list(held["num_candidates"])[:3] == [6, 6, 6]
+    seeds = pd.concat([frame, frame.assign(trained=frame["trained"] + " seed=1")])
+    pd.testing.assert_frame_equal(how_it_held(seeds), held)  # seeds are no further candidates
     entry = foreseen.manifest.measurements[0]
     assert len(runs_of(foreseen.manifest, entry, "none")) == 1
     going_on = [
@@ -404,6 +416,17 @@ def test_nothing_that_a_measurement_names_is_collected(done: Results, tmp_path: 
         [table_key(table, shard) for table in ("gradients", "losses") for shard in shards]
         + [vector_key(vector) for vector in done.manifest.vectors.values()]
     )
+
+
+def test_predictions_of_two_models_under_one_name_keep_their_own_outcomes(foreseen: Results, tmp_path: Path) -> None:
+    shutil.copytree(foreseen.root, tmp_path / "store")
+    file = tmp_path / "store" / "sweeps" / "tiny" / "manifest.json"
+    manifest = foreseen.manifest
+    run = next(entry for entry in manifest.runs if entry.kind == "run")
+    of_run = manifest.measurements[0].model_copy(update={"run": run.label, "run_id": run.run_id, "merge_id": None})
+    for measurements in ((*manifest.measurements, of_run), (of_run, *manifest.measurements)):
+        file.write_text(manifest.model_copy(update={"measurements": measurements}).model_dump_json(), encoding="utf-8")
+        pd.testing.assert_frame_equal(foretold(load(file.parent)), foretold(foreseen))
 
 
 def test_a_study_needs_no_base_and_ends_in_its_merged_tables(tmp_path: Path) -> None:

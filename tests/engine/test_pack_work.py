@@ -77,7 +77,10 @@ def test_a_lack_of_memory_is_told_and_not_raised(
     monkeypatch.setattr(engine.train_work, "train_pack", fails)
     work = work_in(prepared, tmp_path)
     members = ids_of(prepared, "long", "short")
-    assert work.train_pack(members, "", collecting([])) == {"pack_out_of_memory": "out of memory: no more"}
+    assert work.train_pack(members, "", collecting([])) == {
+        "pack_out_of_memory": "out of memory: no more",
+        "pack_tried": 2,
+    }
     assert "MemoryError" in work.store.read(f"runs/{members[0]}/log.txt").decode()
 
     def breaks(*_: Any, **__: Any) -> Any:

@@ -129,6 +129,17 @@ def test_a_pack_that_is_not_full_waits_for_vectors_that_are_being_made() -> None
     assert graph.suggest("t3") == {"job": "a", "pack": ["a", "b", "c"]}
 
 
+def test_of_a_pack_that_was_cut_to_what_fits_only_that_part_is_halved() -> None:
+    graph, notes, _ = packed(*(run(name) for name in "abcdef"), size=None)
+    assert graph.suggest("t1") == {"job": "a", "pack": ["a", "b", "c", "d", "e", "f"]}
+    graph.finish("t1", None, {"pack_out_of_memory": "out of memory", "pack_tried": 4})
+    said = "a pack of 4 failed (out of memory); its runs are trained in packs of at most 2"
+    assert notes.said[1:] == [("warning", said)]
+    assert graph.suggest("t2") == {"job": "a", "pack": ["a", "b"], "note": said}
+    assert graph.suggest("t3") == {"job": "c", "pack": ["c", "d"], "note": said}
+    assert graph.suggest("t4") == {"job": "e", "pack": ["e", "f"]}, "they were not tried"
+
+
 @pytest.mark.parametrize("reason", ["raised", "reported"])
 def test_a_pack_that_failed_is_tried_in_halves_down_to_single_runs(reason: str) -> None:
     graph, notes, _ = packed(*(run(name) for name in "abcd"), size=4)

@@ -18,7 +18,7 @@ from ray.tune.search import Searcher
 from analysis.judges.local import LocalMetric
 from analysis.vectors import FileVector
 from engine.prepare import _waits_for_local_judge
-from engine.scheduler import LESS_MEMORY, _GraphSearcher, why_failed
+from engine.scheduler import LESS_MEMORY, _Callback, _GraphSearcher, why_failed
 from engine.tasks import AskedTask, SampleTask, VectorJob
 from trainables.base_model import ResolvedBase
 from trainables.sample import SamplingConfig
@@ -56,6 +56,9 @@ class _Notes:
     def wait_for_judgement(self) -> None:
         self.said.append(("waited",))
         self.judging = dict(self.after_waiting)
+
+    def look(self) -> None:
+        self.said.append(("looked",))
 
 
 def job(name: str, *parents: str) -> VectorJob:
@@ -116,6 +119,17 @@ def test_a_vector_of_answers_waits_for_their_judgements() -> None:
     assert graph.suggest("t3") == {"job": "vector"}
     graph.finish("t3", None)
     assert graph.suggest("t4") == {"job": "run"}
+
+
+def test_judges_are_looked_after_while_no_trial_gives_a_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is done holds a GPU, which the trial that waits for it cannot ask for."""
+    graph, notes = searcher(job("waits"))
+    callback = _Callback(graph, notes)
+    clock = iter([0.0, 0.0, 0.3, 0.9, 1.2, 1.2, 1.5])
+    monkeypatch.setattr("engine.scheduler.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for step in range(5):
+        callback.on_step_end(step, [])
+    assert notes.said == [("looked",)] * 2
 
 
 def test_with_nothing_else_to_do_it_waits_for_a_judgement() -> None:

@@ -346,8 +346,9 @@ def test_the_callback_feeds_what_trials_report(sweep: TinySweep, notes: Notes) -
     callback = TrackerCallback(feed)
     ids = tracked.run_ids
 
-    def trial(job: str, **last_result: Any) -> Trial:
-        ended = SimpleNamespace(config={"job": job}, last_result=last_result, error_file=None, pickled_error_file=None)
+    def trial(job: str, pack: list[str] | None = None, **last_result: Any) -> Trial:
+        config = {"job": job} | ({} if pack is None else {"pack": pack})
+        ended = SimpleNamespace(config=config, last_result=last_result, error_file=None, pickled_error_file=None)
         return cast(Trial, ended)
 
     for number, row in enumerate(training_rows(ids["none"])):
@@ -356,7 +357,10 @@ def test_the_callback_feeds_what_trials_report(sweep: TinySweep, notes: Notes) -
     callback.on_trial_result(9, [], trial(ids["none"]), {"status": "running", "sampled": "x"})
     callback.on_trial_complete(9, [], trial(ids["none"], status="done"))
     callback.on_trial_complete(9, [], trial("a vector", status="done"))
-    callback.on_trial_complete(9, [], trial(ids[PPS], status="failed", reason="it diverged"))
+    both = [ids["none"], ids[PPS]]
+    callback.on_trial_complete(9, [], trial(ids[PPS], both, status="failed", reason="tried again in smaller packs"))
+    callback.on_trial_complete(9, [], trial(ids[PPS], [ids[PPS]], status="done"))  # trained by several workers
+    callback.on_trial_complete(9, [], trial(ids[PPS], [ids[PPS]], status="failed", reason="it diverged"))
     callback.on_trial_error(9, [], trial(ids["inoculation topic"]))
     wait_until(lambda: len(notes.state) == 3 and "running" not in notes.state.values())
     assert notes.steps["none"] == ALL

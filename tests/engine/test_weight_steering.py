@@ -18,6 +18,7 @@ import engine.work
 from analysis.loading import default_device
 from analysis.losses import response_losses
 from analysis.manifest import RunEntry, adapter_key, failures_key
+from analysis.references import token_projections
 from analysis.results import Results, load
 from analysis.weight_space import MeanGradient, chosen_parameters, edited, gradient_sum
 from analysis.weight_space.files import read_pile, read_sum
@@ -26,6 +27,7 @@ from engine.judging import judge_task
 from engine.prepare import Prepared
 from engine.run import pending_jobs, pending_judge_tasks, publish_report, write_sweep
 from engine.store import Store
+from engine.tasks import RunJob
 from engine.weight_jobs import PileJob, ProfileJob
 from engine.work import SweepWork
 from tests.engine.tiny_prepare import TinySweep, changed, entries, ids, tiny_model_folder
@@ -431,6 +433,38 @@ def test_nothing_may_be_at_work_while_a_model_answers_for_its_piles(sweep: TinyS
     sweep.raw["weight_steering"]["answers"] = {"questions": "topic"}
     prepared = sweep.prepare()
     assert entries(prepared)["tuned +0.5 plain"].kind == "edited"
+
+
+def test_a_cap_on_an_edited_model_is_calibrated_on_the_base_as_it_was(
+    sweep: TinySweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cap = {"kind": "capping", "vector": "topic", "layers": [2], "ceiling": {"percentile": 50}}
+    sweep.raw["evaluation"]["interventions"] = [cap | {"reference": "data/plain_answers.jsonl"}]
+    sweep.raw["weight_steering"]["answers"] = {"questions": "topic", "samples": 4, "max_new_tokens": 6}
+    sweep.raw["runs"].pop()
+    prepared = sweep.prepare()
+    store = do_all(prepared)
+    edit = next(entry for entry in prepared.manifest.runs if entry.kind == "edited")
+    store.remove(f"tables/generations/{edit.sample_id}.parquet")
+    monkeypatch.setattr(engine.work, "_projections", {})  # as in a process that has calibrated nothing yet
+    read: list[dict[str, torch.Tensor]] = []
+
+    def keep(base: Any, *arguments: Any) -> Mapping[int, torch.Tensor]:
+        read.append({name: value.clone() for name, value in base.model.state_dict().items()})
+        return token_projections(base, *arguments)
+
+    monkeypatch.setattr(engine.work, "token_projections", keep)
+    work_on(prepared, store).run(edit.run_id, lambda **_: None)
+    (weights,) = read
+    job = prepared.jobs[edit.run_id]
+    assert isinstance(job, RunJob)
+    untrained = load_base(job.base, torch.device("cpu")).model.state_dict()
+    assert all(torch.equal(weights[name], untrained[name]) for name in untrained)
+
+
+def test_a_direction_may_not_have_the_name_of_what_the_finetuning_changed(sweep: TinySweep) -> None:
+    sweep.raw["weight_steering"]["directions"]["delta"] = {"of": "with", "minus": "without"}
+    assert "is called delta in tables" in sweep.faults()["weight_steering.directions.delta"]
 
 
 def test_jobs_travel_to_workers(sweep: TinySweep) -> None:

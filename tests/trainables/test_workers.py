@@ -117,3 +117,16 @@ def test_every_micro_batch_counts_once(count: int) -> None:
     shares = [list(Workers(rank, SIZE).own(count)) for rank in range(SIZE)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(index for share in shares for index, counts in share if counts) == list(range(count))
+
+
+def test_workers_that_differ_do_not_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other worker says is added here; a checkpoint that one of them has not seen is the case meant."""
+    one = Workers(0, 2)
+    for other, fits in ((3.0, True), (0.0, False), (2.0, False)):
+        said = [3.0 + other, 9.0 + other * other]
+        monkeypatch.setattr(Workers, "added", lambda *_, said=said: said)
+        if fits:
+            one.must_agree([3.0], "steps")
+        else:
+            with pytest.raises(RuntimeError, match=r"workers differ in steps: worker 0 of 2 has \[3.0\]"):
+                one.must_agree([3.0], "steps")

@@ -37,7 +37,8 @@ class PenaltyConfig(DefenseConfig):
 
     def label(self) -> str:
         where = "" if self.layers == "all_but_last" else f" {layers_label(self.layers)}"
-        return f"{self.kind.replace('_', ' ')} {self.vector_name()}{where} x{self.strength:g}"
+        over = "" if self.positions == "response" else f" {self.positions}"
+        return f"{self.kind.replace('_', ' ')} {self.vector_name()}{where}{over} x{self.strength:g}"
 
     def faults(self, model: ModelShape, vectors: Mapping[str, VectorShape]) -> Iterable[tuple[str, str]]:
         for fault in layers_faults(self.layers, model, [vectors.get(self.vector_name())]):
