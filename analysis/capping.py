@@ -26,7 +26,7 @@ from pydantic import TypeAdapter
 from analysis.manifest import DEGENERATION, RunEntry
 from analysis.rows import OK, CappingRow
 from analysis.statistics import Estimate, clustered_mean, ratio
-from trainables.interventions import NONE, Interventions, interventions_label
+from trainables.interventions import Interventions, interventions_label
 
 FIELD = "evaluation.interventions"
 SYSTEM_PROMPT = "evaluation.system_prompt"
@@ -38,12 +38,11 @@ _ANY: TypeAdapter[Interventions] = TypeAdapter(Interventions)
 
 @dataclass(frozen=True)
 class Presence:
-    """What was there while a row answered: in words (``none``: nothing), and exactly."""
+    """What was there while a row answered, exactly, and empty where there was nothing; caps in words too."""
 
     attack: str
     cap: str
-    exact_attack: str
-    exact_cap: str
+    cap_label: str
 
 
 def presence_of(entry: RunEntry, usual_prompt: object = None) -> Presence:
@@ -51,19 +50,12 @@ def presence_of(entry: RunEntry, usual_prompt: object = None) -> Presence:
     given = entry.config.get(FIELD)
     items = _ANY.validate_python(json.loads(str(given))) if given is not None else ()
     caps = [item for item in items if item.kind == "capping"]
-    others = [item for item in items if item.kind != "capping"]
-    attack = [interventions_label([item]) for item in others]
-    exact = [item.model_dump_json() for item in others]
+    attack = [item.model_dump_json() for item in items if item.kind != "capping"]
     prompt = entry.config.get(SYSTEM_PROMPT)
     if prompt != usual_prompt:
-        attack.append(f"system prompt {str(prompt)!r}")
-        exact.append(repr(prompt))
-    return Presence(
-        " + ".join(attack) or NONE,
-        interventions_label(caps),
-        "\n".join(exact),
-        "\n".join(item.model_dump_json() for item in caps),
-    )
+        attack.append(repr(prompt))
+    cap = "\n".join(item.model_dump_json() for item in caps)
+    return Presence("\n".join(attack), cap, interventions_label(caps))
 
 
 def capping_rows(
@@ -81,23 +73,23 @@ def capping_rows(
     """
     usual = entries[0].config.get(SYSTEM_PROMPT) if entries else None
     present = {entry.label: presence_of(entry, usual) for entry in entries}
-    if not any(one.exact_cap for one in present.values()):
+    if not any(one.cap for one in present.values()):
         return
     scales = {name: scale for entry in entries for name, scale in entry.scales.items()}
     rates = scores.assign(value=[_rate(*pair, scales) for pair in zip(scores["value"], scores["metric"], strict=True)])
     labels = {entry.run_id: entry.label for entry in reversed(entries)}  # of its first row
     models = _named({entry.run_id: _model(entry) for entry in entries}, labels)
-    caps = _named({one.exact_cap: one.cap for one in present.values()}, {})
+    caps = _named({one.cap: one.cap_label for one in present.values()}, {})
     for run_id, model in models.items():
         without: _Asked | None = None
-        for exact in sorted(caps, key=lambda cap: cap != ""):
-            of_cap = [one for one in entries if one.run_id == run_id and present[one.label].exact_cap == exact]
+        for cap in sorted(caps, key=lambda cap: cap != ""):
+            of_cap = [one for one in entries if one.run_id == run_id and present[one.label].cap == cap]
             if not of_cap:
                 continue
             asked = _Asked.of(of_cap, present, rates, losses, harm, capability)
-            if exact == "":
+            if cap == "":
                 without = asked
-            yield _row(model, caps[exact], asked, without)
+            yield _row(model, caps[cap], asked, without)
 
 
 def _rate(value: float, metric: str, scales: Mapping[str, tuple[float, float]]) -> float:
@@ -143,9 +135,9 @@ class _Asked:
     ) -> _Asked:
         tested = {entry.label for entry in entries if capability in entry.judge_ids}
         asked = {entry.label for entry in entries} - tested
-        attacked = {label for label in asked if present[label].exact_attack}
+        attacked = {label for label in asked if present[label].attack}
         scored = rates[rates["status"] == OK]
-        scored = scored.assign(attack=[present[run].exact_attack if run in present else "" for run in scored["run"]])
+        scored = scored.assign(attack=[present[run].attack if run in present else "" for run in scored["run"]])
 
         def of(labels: set[str], metric: str) -> pd.DataFrame:
             return scored[scored["run"].isin(labels) & (scored["metric"] == metric)]
@@ -155,7 +147,7 @@ class _Asked:
         return _Asked(
             attacked=of(attacked, harm),
             plain=of(asked - attacked, harm),
-            tested=of({label for label in tested if not present[label].exact_attack}, capability),
+            tested=of({label for label in tested if not present[label].attack}, capability),
             degenerate=of(asked, DEGENERATION),
             loss=ratio(list(own["loss_sum"]), list(own["num_tokens"])),
         )

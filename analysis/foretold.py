@@ -121,17 +121,18 @@ def how_it_held(frame: pd.DataFrame) -> pd.DataFrame:
 def runs_of(manifest: Manifest, entry: MeasureEntry, condition: str) -> list[RunEntry]:
     """The runs that have this condition as their defense, trained on the data that the measurement read, from the base
     that it read it with (not from another run); none of a measurement of a trained model."""
-    base = next((run.config for run in manifest.runs if run.kind == "base" and run.run_id == entry.run_id), None)
+    base = next((run for run in manifest.runs if run.kind == "base" and run.run_id == entry.run_id), None)
     if base is None:
         return []
     data, trained_on = entry.config.get("data"), "data.train"
     if isinstance(data, dict):
         data, trained_on = data.get("hub"), "data.train.hub"
-    wanted = {"defense": condition, trained_on: data} | {name: base[name] for name in base if name.startswith("base.")}
+    wanted = {"defense": condition, trained_on: data}
     return [
         run
         for run in manifest.runs
         if run.kind == "run"
+        and run.is_over(base)
         and all(run.config.get(name) == value for name, value in wanted.items())
         and not any(name.startswith("start_from") for name in run.config)
     ]

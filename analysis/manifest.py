@@ -95,6 +95,11 @@ class RunEntry(Config):
     scales: dict[str, tuple[float, float]] = Field(default_factory=dict)  # metric name -> least and greatest value
     edit: EditEntry | None = None  # of an edited model
 
+    def is_over(self, base: RunEntry) -> bool:
+        """Whether the model is made of this base."""
+        fields = {name: value for name, value in base.config.items() if name.startswith("base.")}
+        return self.kind != "base" and all(self.config.get(name) == value for name, value in fields.items())
+
 
 class MeasureEntry(Config):
     """One measurement of one run or base.

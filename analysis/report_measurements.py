@@ -15,7 +15,7 @@ import pandas as pd
 from analysis import measured_figures as figures
 from analysis.cross_trait import cross_trait, cross_trait_gradients
 from analysis.foretold import foretold, how_it_held, measurement_of, ranking
-from analysis.manifest import MeasureEntry, RunEntry
+from analysis.manifest import MeasureEntry
 from analysis.report_axes import axis_blocks
 from analysis.report_blocks import Block, drawn_block, interval, number
 from analysis.report_capping import capping_blocks, stability_blocks
@@ -247,7 +247,7 @@ def _compared(results: Results, entries: Sequence[MeasureEntry]) -> Iterator[Blo
         (projections["measurement"] == entries[0].name) & (projections["condition"] == NO_CONDITION)
     ]
     for base in (entry for entry in results.manifest.runs if entry.kind == "base"):
-        labels = [entry.label for entry in results.manifest.runs if _is_over(entry, base)]
+        labels = [entry.label for entry in results.manifest.runs if entry.is_over(base)]
         own = projections[projections["run"].isin([base.label, *labels])]
         if base.label not in set(own["run"]) or own["run"].nunique() < 2:
             continue
@@ -259,12 +259,6 @@ def _compared(results: Results, entries: Sequence[MeasureEntry]) -> Iterator[Blo
                 "Mean projection minus that of the base on the same rows, in units of the base's mean activation norm.",
                 partial(figures.projection_by_layer, own, vector=vector, base=base.label),
             )
-
-
-def _is_over(entry: RunEntry, base: RunEntry) -> bool:
-    """Whether a run's model is made of this base."""
-    fields = {name: value for name, value in base.config.items() if name.startswith("base.")}
-    return entry.kind != "base" and all(entry.config.get(name) == value for name, value in fields.items())
 
 
 def _steering_vectors(results: Results, entry: MeasureEntry) -> Iterator[Block]:

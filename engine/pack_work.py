@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from analysis.manifest import adapter_key, run_key
-from engine.run_sink import StoreSink
+from engine.run_sink import StoreSink, says_it_waits
 from engine.tasks import RunJob, TrainTask
 from engine.train_work import run_spec, train_jobs
 from trainables.base_model import LoadedBase
@@ -37,13 +37,10 @@ def train_packed(work: SweepWork, job_ids: Sequence[str], note: str, report: Rep
     """
     jobs = {job_id: work.jobs[job_id] for job_id in job_ids}
 
-    def waiting() -> None:
-        report(phase="waits for another sweep that does this", units_done=0, units_total=1)
-
     try:
         with contextlib.ExitStack() as claims:
             for job_id in sorted(jobs):  # in one order: two sweeps that share runs cannot wait for each other
-                claims.enter_context(work.store.claimed(job_id, waiting))
+                claims.enter_context(work.store.claimed(job_id, says_it_waits(report)))
             todo: list[tuple[RunJob, TrainTask]] = []
             for job_id, job in jobs.items():
                 assert isinstance(job, RunJob)

@@ -77,10 +77,10 @@ class Packer:
 
         ``ready``: jobs that could start now; ``coming``: those whose parents are all being worked at.
         """
-        key = self.keys.get(job_id)
-        if key is None or job_id in self.done:
+        if not self._is_to_train(job_id):
             return [job_id]
-        same = [one for one in ready if self.keys.get(one) == key and one not in self.done]
+        key = self.keys[job_id]
+        same = [one for one in ready if self._is_to_train(one) and self.keys[one] == key]
         later = [one for one in coming if self.keys.get(one) == key]
         limit = self.limits.get(key, self.size or MAX_AUTO)
         if self.size is None:  # no trial stands idle for a pack
@@ -94,7 +94,10 @@ class Packer:
 
     def only_train(self, members: Sequence[str]) -> bool:
         """Whether a trial does nothing but the training of these jobs."""
-        return len(members) > 1 or (self.workers > 1 and members[0] in self.keys and members[0] not in self.done)
+        return len(members) > 1 or (self.workers > 1 and self._is_to_train(members[0]))
+
+    def _is_to_train(self, job_id: str) -> bool:
+        return job_id in self.keys and job_id not in self.done
 
     def trained(self, job_id: str) -> None:
         """What is left to do of a run needs no pack."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +17,11 @@ from trainables.tune_trainable import Report
 
 def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def says_it_waits(report: Report) -> Callable[[], None]:
+    """What a trial that waits for another sweep's claim calls meanwhile."""
+    return functools.partial(report, phase="waits for another sweep that does this", units_done=0, units_total=1)
 
 
 def checkpoint_key(train_id: str) -> str:

@@ -17,6 +17,7 @@ from engine.versions import versions
 from trainables.base_model import LoadedBase
 from trainables.errors import ShiftgradError, StoreError
 from trainables.lora import ADAPTER_WEIGHTS
+from trainables.rows import RunSink
 from trainables.train import RunResult, RunSpec, train_pack
 
 if TYPE_CHECKING:
@@ -88,14 +89,11 @@ def train_jobs(
 
     committed: set[str] = set()
     try:
-        return train_pack(
+        return train_tasks(
+            work,
             base,
-            [run_spec(work, task) for _, task in jobs],
+            [task for _, task in jobs],
             sinks,
-            zero_stage=work.zero_stage,
-            gradient_checkpointing=work.gradient_checkpointing,
-            checkpoints=work.checkpoints,
-            packing=work.packing,
             on_done=done,
             on_failure=failed if on_failure is not None else None,
         )
@@ -104,6 +102,29 @@ def train_jobs(
             if train_id not in committed:
                 keep_rows_of_failed(work, sink, error)
         raise
+
+
+def train_tasks(
+    work: SweepWork,
+    base: LoadedBase,
+    tasks: Sequence[TrainTask],
+    sinks: Mapping[str, RunSink],
+    *,
+    on_done: Callable[[RunResult], None] | None = None,
+    on_failure: Callable[[str, ShiftgradError], None] | None = None,
+) -> tuple[Any, list[RunResult]]:
+    """``train_pack`` as the sweep places trainings; nothing is committed."""
+    return train_pack(
+        base,
+        [run_spec(work, task) for task in tasks],
+        sinks,
+        zero_stage=work.zero_stage,
+        gradient_checkpointing=work.gradient_checkpointing,
+        checkpoints=work.checkpoints,
+        packing=work.packing,
+        on_done=on_done,
+        on_failure=on_failure,
+    )
 
 
 def keep_rows_of_failed(work: SweepWork, sink: StoreSink, error: Exception) -> None:

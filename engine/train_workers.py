@@ -21,13 +21,12 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.util.queue import Empty, Queue
 
 from engine.pack_work import is_trained
-from engine.run_sink import StoreSink
-from engine.tasks import RunJob, TrainTask
-from engine.train_work import keep_rows_of_failed, run_spec, train_jobs
+from engine.run_sink import StoreSink, says_it_waits
+from engine.tasks import RunJob
+from engine.train_work import keep_rows_of_failed, train_jobs, train_tasks
 from trainables.errors import ShiftgradError
 from trainables.memory import is_out_of_memory
 from trainables.rows import SignalRow, TrainingRow
-from trainables.train import train_pack
 from trainables.tune_trainable import Report
 
 if TYPE_CHECKING:
@@ -68,10 +67,7 @@ def train_by_workers(work: SweepWork, job_id: str, report: Report) -> dict[str, 
     Raises the error of ours that a worker has raised, or WorkersDiedError.
     """
 
-    def waiting() -> None:
-        report(phase="waits for another sweep that does this", units_done=0, units_total=1)
-
-    with work.store.claimed(job_id, waiting):
+    with work.store.claimed(job_id, says_it_waits(report)):
         if not is_trained(work, job_id):
             _fit(work, job_id, report)
     report(last=True, job=job_id, pack_trained=1)
@@ -149,25 +145,10 @@ def _worker(config: Mapping[str, Any]) -> None:
         torch.cuda.set_device(get_device())  # a node's workers see all of its GPUs
     base = work.loaded(job.train.base, job.train.start.merged)
     if ray.train.get_context().get_world_rank() > 0:
-        _follow(work, job.train, base)
+        train_tasks(work, base, [job.train], {job.id: _Follower(work.store, job.id, lambda **_: None)})
         return
 
     def report(*, last: bool = False, rows: Sequence[TrainingRow] = (), **figures: float | str | int) -> None:
         queue.put((last, list(rows), {"job": job.id, **figures}))
 
     train_jobs(work, base, [(job, job.train)], {job.id: StoreSink(work.store, job.id, report)})
-
-
-def _follow(work: SweepWork, task: TrainTask, base: Any) -> None:
-    def report(**figures: object) -> None:
-        del figures
-
-    train_pack(
-        base,
-        [run_spec(work, task)],
-        {task.id: _Follower(work.store, task.id, report)},
-        zero_stage=work.zero_stage,
-        gradient_checkpointing=work.gradient_checkpointing,
-        checkpoints=work.checkpoints,
-        packing=work.packing,
-    )

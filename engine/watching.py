@@ -47,7 +47,7 @@ class SweepWatcher:
         if "sampled" in figures and self.pool is not None:
             self.pool.submit(str(figures["sampled"]))
         self.view.job_figures(job_id, self._label(job_id), figures)
-        self._poll()
+        self.look()
 
     def done(self, job_id: str) -> None:
         job = self.prepared.jobs[job_id]
@@ -64,7 +64,7 @@ class SweepWatcher:
             self.num_shards[job.name, job.run] -= 1
             left = self._shards_left(job, seconds)
         self.view.job_ended(job_id, self._label(job_id), f"done in {seconds:.0f} s{left}")
-        self._poll()
+        self.look()
 
     def _shards_left(self, job: MeasureJob | StudyJob, seconds: float) -> str:
         """How many shards of the same measurement and model are still open, and how long they take at this pace."""
@@ -74,13 +74,10 @@ class SweepWatcher:
         guess = duration(num_left * seconds / min(self.prepared.num_trials, num_left))
         return f"; {num_left} more shard{'s' if num_left != 1 else ''}, about {guess}"
 
-    def _poll(self) -> None:
+    def look(self) -> None:
         """Judges that failed are told while others train, not at the end."""
         if self.pool is not None:
             self.pool.poll()
-
-    def look(self) -> None:
-        self._poll()
 
     def failed(self, job_id: str, reason: str) -> None:
         failure = Failure(kind="failed", reason=reason, log_tail=self._log_tail(job_id))

@@ -22,7 +22,7 @@ from engine.location import MARKER
 from engine.measure_jobs import MeasureJob, MergeJob, StudyJob
 from engine.measure_work import measure_shard, merge_shards, study_shard
 from engine.pack_work import is_trained, train_packed
-from engine.run_sink import StoreSink, checkpoint_key, utc_now
+from engine.run_sink import StoreSink, checkpoint_key, says_it_waits, utc_now
 from engine.software import Software, check_same, software
 from engine.store import Store
 from engine.tasks import AnswersJob, Job, RunJob, SampleTask, TrainTask, VectorJob
@@ -105,11 +105,8 @@ class SweepWork:
         self.check_place()
         job = self.jobs[job_id]
 
-        def waiting() -> None:
-            report(phase="waits for another sweep that does this", units_done=0, units_total=1)
-
         try:
-            with self.store.claimed(job.id, waiting):
+            with self.store.claimed(job.id, says_it_waits(report)):
                 if isinstance(job, VectorJob):
                     self._vector(job, report)
                 elif isinstance(job, MergeJob):
@@ -203,13 +200,14 @@ class SweepWork:
         self._evaluate(job, base, model, sink, self._present(job))
 
     def _present(self, job: RunJob) -> dict[str, list[ValueIntervention]]:
-        """What is at work while the job samples and measures losses, by task, of those that are not done."""
-        keys = {task.id: table_key("generations", task.id) for task in job.samples if task.endpoint is None}
-        keys |= {task.id: table_key("losses", task.id) for task in job.losses}
-        items = {task.id: task.sampling.interventions for task in job.samples}
-        items |= {task.id: task.interventions for task in job.losses}
-        missing = [task for task, key in keys.items() if not self.store.exists(key)]
-        return {task: self._interventions(job.base, items[task]) for task in missing}
+        """The tasks of sampling and plain losses that are not done, and what is at work in each."""
+        todo = [("generations", one.id, one.sampling.interventions) for one in job.samples if one.endpoint is None]
+        todo += [("losses", one.id, one.interventions) for one in job.losses]
+        return {
+            task: self._interventions(job.base, items)
+            for table, task, items in todo
+            if not self.store.exists(table_key(table, task))
+        }
 
     def _evaluate(
         self,
@@ -219,15 +217,16 @@ class SweepWork:
         sink: StoreSink,
         present: Mapping[str, Sequence[ValueIntervention]],
     ) -> None:
-        """Sample from the model, and measure its loss on plain answers; ``present`` by task."""
+        """Sample from the model, and measure its loss on plain answers, where that is not done; ``present``: see
+        ``_present``."""
         for sample in job.samples:
             if sample.endpoint is not None:
                 continue
-            if not self.store.exists(table_key("generations", sample.id)):
+            if sample.id in present:
                 self._sample(model, base, sample, job.id, sink, present[sample.id])
             sink.report(last=True, sampled=sample.id)
         for loss in job.losses:
-            if not self.store.exists(table_key("losses", loss.id)):
+            if loss.id in present:
                 started = time.perf_counter()
                 with residual_stream(model, present[loss.id]):
                     losses = list(

@@ -204,19 +204,19 @@ class DeepSpeedDriver:
             name, moments = self._names[id(parameter)], self.optimizer.state[own]
             values = {kind: state[f"{kind}:{name}"].to(parameter.device) for kind in _KINDS}
             moments["step"].copy_(values["step"])
-            # written at every stage: from 1 on the full-precision copy below reaches it only with the next step
-            if self.zero_stage == 3:
-                parameter.ds_tensor.data.copy_(_own_part(parameter, values["parameter"]))  # type: ignore[attr-defined]
-            else:
-                parameter.data.copy_(values["parameter"])
+            # The parameter is written at every stage: from 1 on its full-precision copy reaches it with the next step.
             if self.zero_stage == 0:
+                parameter.data.copy_(values["parameter"])
                 for kind in _MOMENTS:
                     moments[kind].copy_(values[kind])
             elif self.zero_stage == 3:
-                safe_set_local_fp32_param(parameter, _own_part(parameter, values["parameter"]))
+                own_values = {kind: _own_part(parameter, values[kind]) for kind in ("parameter", *_MOMENTS)}
+                parameter.ds_tensor.data.copy_(own_values["parameter"])  # type: ignore[attr-defined]
+                safe_set_local_fp32_param(parameter, own_values["parameter"])
                 for kind in _MOMENTS:
-                    safe_set_local_optimizer_state(parameter, _own_part(parameter, values[kind]), kind)
+                    safe_set_local_optimizer_state(parameter, own_values[kind], kind)
             else:
+                parameter.data.copy_(values["parameter"])
                 safe_set_full_fp32_param(parameter, values["parameter"])
                 for kind in _MOMENTS:
                     safe_set_full_optimizer_state(parameter, values[kind], kind)

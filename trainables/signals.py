@@ -94,19 +94,20 @@ class Watch:
     def join(self, workers: Workers) -> None:
         """Add up what the workers have read, each in its own micro-batches of the step."""
         keys = [(signal, layer) for signal in (_PROJECTION, _COSINE) for layer in self.layers]
+        centered = self.layers if self._centers else ()
         size = len(next(iter(self._centers.values()))[0]) if self._centers else 0
         found: list[float] = []
         for key in keys:
             found += [*self._sums.get(key, [0.0] * len(self.names)), float(self._counts.get(key, 0))]
-        for layer in self.layers if self._centers else ():
+        for layer in centered:
             found += self._means.get(layer, torch.zeros(size)).tolist()
         joined = iter(workers.added(found))
         for key in keys:
             self._sums[key] = [next(joined) for _ in self.names]
             self._counts[key] = round(next(joined))
-        for layer in self.layers if self._centers else ():
+        for layer in centered:
             mean_d = torch.tensor([next(joined) for _ in range(size)], dtype=torch.float64)
-            if bool(mean_d.any()):
+            if self._counts[_PROJECTION, layer]:
                 self._means[layer] = mean_d
 
     def rows(self, train_id: str, step: int) -> list[SignalRow]:

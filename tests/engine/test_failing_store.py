@@ -21,8 +21,8 @@ from engine.judging import judge_task
 from engine.prepare import Prepared
 from engine.run import pending_jobs, pending_judge_tasks, write_sweep
 from engine.store import Store
-from engine.work import SweepWork
 from tests.engine.tiny_prepare import TinySweep, tiny_model_folder
+from tests.engine.tiny_work import work_on
 from tests.object_store import s3
 from trainables.checkpoint import CheckpointSettings
 from trainables.errors import StoreError
@@ -53,15 +53,7 @@ def invoke(prepared: Prepared, location: str) -> list[str]:
         write_sweep(prepared, store)
     except StoreError as error:
         return [str(error)]
-    work = SweepWork(
-        store=store,
-        jobs=dict(prepared.jobs),
-        device="cpu",
-        threads=1,
-        zero_stage=0,
-        gradient_checkpointing=False,
-        checkpoints=CheckpointSettings(every_steps=1),
-    )
+    work = work_on(prepared, store, checkpoints=CheckpointSettings(every_steps=1))
     for job_id in pending_jobs(prepared, store):
         try:
             work.run(job_id, lambda **_: None)
