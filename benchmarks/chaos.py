@@ -36,21 +36,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pandas as pd
 import psutil
+from drivers import is_same, start
 
 from analysis.results import Results, load
 from engine.watchdog import VARIABLE
 from tests.engine.tiny_sweep import write_tiny_sweep
 from tests.judge_server import Behaviour, JudgeServer
 
-ROOT = Path(__file__).resolve().parent.parent
 LATENCY_S = 0.05
 JUST_NOW_S = 0.5  # a reply that was sent so long ago may not be on disk yet
 GONE_WITHIN_S = 30.0
 LONGEST_S = 600.0  # of one invocation
 TRIAL, JUDGE = "ImplicitFunc", "_JudgeActor"  # in the titles of Ray's workers: Tune's trials, and the judges
-TIMES = ["seconds", "seconds_training", "started_utc", "finished_utc"]
 KEYS = {  # what tells the rows of a table apart
     "training": ["run", "step"],
     "generations": ["run", "question_id", "sample_index"],
@@ -82,10 +80,7 @@ class Sweep:
         self.file.write_text(text.replace(RULE, JUDGES).replace("max_steps: 2", "max_steps: 20"))
 
     def start(self, store: Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "engine.cli", "run", str(self.file), f"results={store}"]
-        return subprocess.Popen(
-            command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        return start(self.file, store)
 
 
 def processes_of(driver: int) -> list[psutil.Process]:
@@ -203,22 +198,13 @@ class Chaos:
 
     def _compare(self, found: Results) -> None:
         for name, key in KEYS.items():
-            one, other = (results.table(name).drop(columns=TIMES, errors="ignore") for results in (found, self.wanted))
+            one, other = found.table(name), self.wanted.table(name)
             there = one[key].astype(str).agg(" ".join, axis=1)
             wanted = other[key].astype(str).agg(" ".join, axis=1)
             self.figures["lost_rows"] += len(set(wanted) - set(there))
             self.figures["doubled_rows"] += int(there.duplicated().sum())
-            self._same(one, other, name)
-        self._same(found.summary(), self.wanted.summary(), "summary")
-
-    def _same(self, one: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
-        try:
-            pd.testing.assert_frame_equal(
-                one.drop(columns=TIMES, errors="ignore"), other.drop(columns=TIMES, errors="ignore")
-            )
-        except AssertionError as error:
-            self.figures["differing_tables"] += 1
-            print(f"differs: {name}: {str(error).splitlines()[0]}", flush=True)
+            self.figures["differing_tables"] += not is_same(name, one, other)
+        self.figures["differing_tables"] += not is_same("summary", found.summary(), self.wanted.summary())
 
 
 def repeated(answered: Counter[str], num_sweeps: Counter[str]) -> int:

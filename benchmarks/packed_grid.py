@@ -30,16 +30,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pandas as pd
+from drivers import ROOT, TIMES, is_same, start
 
 from analysis.results import Results, load
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 SIZE = 4
 TABLES = ("training", "generations", "scores", "losses", "summary", "runs")
 APART = [  # what may differ: times, and how a run was placed
-    *("seconds", "seconds_training", "started_utc", "finished_utc", "peak_process_memory_gb", "log_tail"),
+    *(*TIMES, "peak_process_memory_gb", "log_tail"),
     *("pack_size", "packing", "pack_note"),
 ]
 SWEEP = """
@@ -76,13 +75,6 @@ trackers: none
 """
 
 
-def start(file: Path, store: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "engine.cli", "run", str(file), f"results={store}", *overrides]
-    return subprocess.Popen(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-
-
 def to_the_end(process: subprocess.Popen[str]) -> None:
     printed, _ = process.communicate()
     if process.returncode != 0:
@@ -111,15 +103,7 @@ def killed_in_the_middle(file: Path, store: Path, overrides: Sequence[str], at: 
 
 def differing(found: Results, wanted: Results) -> list[str]:
     """Names of the tables that differ."""
-    names = []
-    for name in TABLES:
-        one, other = (results.table(name).drop(columns=APART, errors="ignore") for results in (found, wanted))
-        try:
-            pd.testing.assert_frame_equal(one, other)
-        except AssertionError as error:
-            print(f"differs: {name}: {str(error).splitlines()[0]}", flush=True)
-            names.append(name)
-    return names
+    return [name for name in TABLES if not is_same(name, found.table(name), wanted.table(name), APART)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
