@@ -16,7 +16,7 @@ from analysis.vectors import Vector
 from engine.measure_jobs import MeasureJob
 from engine.prepare import Prepared
 from tests.engine.test_measure_work import do_all
-from tests.engine.tiny_prepare import TinySweep, tiny_model_folder
+from tests.engine.tiny_prepare import TinySweep, measuring_alone
 from tests.engine.tiny_work import work_in
 
 STABILITY = {
@@ -34,11 +34,7 @@ STABILITY = {
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> TinySweep:
-    sweep = TinySweep(tmp_path_factory.mktemp("sweep"), tiny_model_folder(tmp_path_factory))
-    for name in ("runs", "training", "evaluation"):
-        del sweep.raw[name]
-    sweep.raw["measure"] = {"steady": dict(STABILITY)}
-    return sweep
+    return measuring_alone(tmp_path_factory, steady=STABILITY)
 
 
 def measured(prepared: Prepared, folder: Path) -> Results:

@@ -33,18 +33,14 @@ from engine.prepare import Prepared, prepare
 from engine.store import Store
 from tests.engine.finished import write_finished
 from tests.engine.test_measure_tasks import BEFORE
-from tests.engine.tiny_prepare import MACHINE, TinySweep, tiny_model_folder
+from tests.engine.tiny_prepare import MACHINE, TinySweep, measuring_alone, tiny_model_folder
 from tests.engine.tiny_work import work_in
 from trainables.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> TinySweep:
-    sweep = TinySweep(tmp_path_factory.mktemp("sweep"), tiny_model_folder(tmp_path_factory))
-    for name in ("runs", "training", "evaluation"):
-        del sweep.raw[name]
-    sweep.raw["measure"] = {"before": dict(BEFORE)}
-    return sweep
+    return measuring_alone(tmp_path_factory, before=BEFORE)
 
 
 def do_all(prepared: Prepared, folder: Path) -> Store:

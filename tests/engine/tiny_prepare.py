@@ -70,6 +70,15 @@ def tiny_model_folder(factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def measuring_alone(factory: pytest.TempPathFactory, **measure: Mapping[str, Any]) -> TinySweep:
+    """The tiny sweep with these measurements and nothing to train or to ask."""
+    sweep = TinySweep(factory.mktemp("sweep"), tiny_model_folder(factory))
+    for name in ("runs", "training", "evaluation"):
+        del sweep.raw[name]
+    sweep.raw["measure"] = {name: dict(config) for name, config in measure.items()}
+    return sweep
+
+
 def write_vector(
     path: Path, layers: int = 4, hidden: int = 32, final_row: FinalRow = "pre_norm", model: str = "", revision: str = ""
 ) -> None:
