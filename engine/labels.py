@@ -9,6 +9,7 @@ from pathlib import PurePath
 
 _MAX_VALUE_CHARACTERS = 60
 _FILE = re.compile(r"\S+\.[A-Za-z]\w{1,7}")  # ends like a file's name: rows.jsonl, but not Qwen2.5-7B
+_QUESTIONS = "evaluation.questions"
 _LONG_CHARACTERS = 24  # such as a path: left out where something shorter tells the same cells apart
 
 Flat = dict[str, object]
@@ -18,17 +19,17 @@ def unique_labels(heads: Sequence[str], cells: Sequence[Mapping[str, object]]) -
     """One label per cell, no two equal: its head, then `` name=value`` for all that differs among cells of one head.
 
     ``heads[i]`` is the label of the defense of cell i (or the user's own), ``cells[i]`` its plain data without
-    ``label``. A long value is left out if a shorter one differs among just the same cells; files are called without
-    their folder and ending where that tells them apart. Where defense labels hide a
-    difference (they round numbers and count prompts), short values of the defense are added too; cells that are still
-    called the same get `` #2``, `` #3``.
+    ``label``. A long value is left out if a shorter one differs among just the same cells, and so are settings of an
+    evaluation that change with its questions; files are called without their folder and ending where that tells them
+    apart. Where defense labels hide a difference (they round numbers and count prompts), short values of the defense
+    are added too; cells that are still called the same get `` #2``, `` #3``.
     """
     flat = [_flatten(cell) for cell in cells]
     labels = list(heads)
     for head in dict.fromkeys(heads):
         group = [index for index, other in enumerate(heads) if other == head]
         outside = [{k: v for k, v in flat[index].items() if not _in_defense(k)} for index in group]
-        differing = _without_long_twins(outside, _differing(outside))
+        differing = _without_twins(outside, _differing(outside))
         for index, one in zip(group, _with_short_paths(outside, differing), strict=True):
             labels[index] += _parts(one, differing)
     for label, count in Counter(labels).items():
@@ -55,6 +56,10 @@ def _numbered(labels: Sequence[str]) -> list[str]:
 
 def _in_defense(name: str) -> bool:
     return name == "defense" or name.startswith("defense.")
+
+
+def _in_evaluation(name: str) -> bool:
+    return name.startswith("evaluation.")
 
 
 def _flatten(value: object, prefix: str = "") -> Flat:
@@ -92,8 +97,9 @@ def _with_short_paths(flat: Sequence[Flat], names: Sequence[str]) -> list[Flat]:
     return [{name: short[name][value] if name in short else value for name, value in one.items()} for one in flat]
 
 
-def _without_long_twins(flat: Sequence[Flat], names: Sequence[str]) -> list[str]:
-    """``names`` less those with a long value that always differ together with one that has short values alone."""
+def _without_twins(flat: Sequence[Flat], names: Sequence[str]) -> list[str]:
+    """``names`` less those that always differ together with one that says more: those with a long value beside one with
+    short values alone, and settings of an evaluation beside its questions."""
 
     def classes(name: str) -> tuple[int, ...]:
         values = [repr(one[name]) if name in one else None for one in flat]
@@ -101,7 +107,9 @@ def _without_long_twins(flat: Sequence[Flat], names: Sequence[str]) -> list[str]
 
     long = {name for name in names if any(len(_text(one[name])) > _LONG_CHARACTERS for one in flat if name in one)}
     told = {classes(name) for name in names if name not in long}
-    return [name for name in names if name not in long or classes(name) not in told]
+    kept = [name for name in names if name not in long or classes(name) not in told]
+    asked = {classes(name) for name in kept if name == _QUESTIONS}
+    return [name for name in kept if name == _QUESTIONS or not (_in_evaluation(name) and classes(name) in asked)]
 
 
 def _parts(one: Flat, names: Sequence[str], only_short: bool = False) -> str:

@@ -246,6 +246,17 @@ class TestLabels:
             "none train=a_folder_of_mine/0/rows.jsonl seed=0"
         )
 
+    def test_settings_that_change_with_the_questions_are_left_out(self, files: Files) -> None:
+        tested: dict[str, Any] = {"questions": "recipe", "temperature": 0.0, "max_new_tokens": 24}
+        runs: list[dict[str, Any]] = [{"defense": "none"}, {"defense": "none", "evaluation": tested}]
+        assert labels(files.load(minimal(runs=runs))) == ["none questions=bridge", "none questions=recipe"]
+        hotter = {"defense": "none", "evaluation": {**tested, "temperature": 0.5}}
+        assert labels(files.load(minimal(runs=[*runs, hotter]))) == [
+            "none temperature=1.0 questions=bridge",
+            "none temperature=0.0 questions=recipe",
+            "none temperature=0.5 questions=recipe",
+        ]
+
     def test_own_labels_replace_the_defense(self, files: Files) -> None:
         runs = [{"defense": "none", "label": "plain"}, {"defense": PPS, "label": "steered"}]
         sweep = files.load(minimal(runs=runs, axes={"seed": {"grid": [0, 1]}}))

@@ -1,7 +1,7 @@
 """Sweeps whose runs are trained by two workers of Ray Train each: the tables of the same sweep with one.
 
 Tolerances as in tests/trainables/test_workers.py: 1e-5 on losses. Answers are sampled from adapters that differ in the
-last bits, and are not compared.
+last bits, and are not compared. What a stage does to the numbers is proved there; here it is that it arrives.
 """
 
 from __future__ import annotations
@@ -53,21 +53,24 @@ def assert_same_training(one: Results, other: Results) -> None:
         pd.testing.assert_series_equal(mine[column], theirs[column])
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_two_workers_give_the_tables_of_one(stage: int, folder: Path, by_one: Results) -> None:
-    found = finished(folder, f"stage{stage}", "execution.workers=2", f"execution.zero_stage={stage}")
+def assert_placed(store: Path, stage: int) -> None:
+    placements = [json.loads(file.read_text())["placement"] for file in store.glob("runs/*/run.json")]
+    assert [(placement["workers"], placement["zero_stage"]) for placement in placements] == [(2, stage)] * 2
+
+
+def test_two_workers_give_the_tables_of_one(folder: Path, by_one: Results) -> None:
+    found = finished(folder, "two", "execution.workers=2", "execution.zero_stage=2")
     assert_same_training(found, by_one)
+    assert_placed(folder / "two", 2)
     assert list(found.table("summary")["run"]) == list(by_one.table("summary")["run"])
     assert found.table("generations").shape == by_one.table("generations").shape
-    (placement, *_) = [
-        json.loads(file.read_text())["placement"] for file in (folder / f"stage{stage}").glob("runs/*/run.json")
-    ]
-    assert (placement["workers"], placement["zero_stage"]) == (2, stage)
 
 
 def test_workers_that_die_go_on_from_the_checkpoint(folder: Path, by_one: Results) -> None:
-    found = finished(folder, "killed", "execution.workers=2", "execution.max_retries=2", fail_at="after_step:2")
+    divided = ["execution.workers=2", "execution.zero_stage=3"]
+    found = finished(folder, "killed", *divided, "execution.max_retries=2", fail_at="after_step:2")
     assert_same_training(found, by_one)
+    assert_placed(folder / "killed", 3)
     logs = "".join(file.read_text() for file in (folder / "killed").glob("runs/*/log.txt"))
     assert "resumed after step 2" in logs
 
