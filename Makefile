@@ -14,9 +14,9 @@ FAST_TESTS := $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 .PHONY: help install quickstart test test-all check docs format clean
 
 help:
-	@echo "make quickstart   train, sample, score and table four finetunings of a real model (15 minutes on 2 cores)"
-	@echo "make test         the fast tests (4 minutes)"
-	@echo "make test-all     all tests, the quickstart among them (40 minutes)"
+	@echo "make quickstart   train, sample, score and table four finetunings of a real model (8 to 15 minutes on 2 cores)"
+	@echo "make test         the fast tests (4 to 6 minutes)"
+	@echo "make test-all     all tests, the quickstart among them (an hour)"
 	@echo "make check        formatting, lint, types, and the documentation site without a warning"
 	@echo "make docs         build the documentation site: site/index.html"
 	@echo "make format       let ruff format the code"

@@ -2,7 +2,8 @@
 
 Actors are of one group each: judges that need no model; those that ask one endpoint for judgements, or for the answers
 of runs, which share its budget; one actor per model of local judges. They need no CPU of their own but for a local
-model, whose one thread runs beside the trials.
+model, whose one thread runs beside the trials. All that need no GPU live on the driver's node: another one can be lost
+without them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from analysis.judges import Asker, Reply, Request
 from analysis.judges.local import LocalMetric
@@ -37,20 +39,6 @@ LOCAL_BATCH = 8
 """Answers that a local model judges together; after each batch the replies are on disk."""
 
 Group: TypeAlias = tuple[str, str]  # kind of asker, and which
-
-
-@ray.remote(num_cpus=0)
-class BudgetActor:
-    """The budget that all actors of an endpoint share."""
-
-    def __init__(self, endpoint: EndpointConfig) -> None:
-        self.budget = Budget(endpoint)
-
-    def reserve(self, estimates: Sequence[Estimate]) -> list[Grant]:
-        return self.budget.reserve(estimates)
-
-    def settle(self, used: Sequence[tuple[Estimate, int, int]]) -> None:
-        self.budget.settle(used)
 
 
 class RemoteBudget:
@@ -121,8 +109,8 @@ class _JudgeActor:
 class JudgePool:
     """Submits judging tasks as their answers come in and collects what failed. Lives in the driver.
 
-    Keys are read from the driver's environment and travel to the actors in memory: on a cluster their machines may not
-    have them.
+    Keys are read from the driver's environment and go to the actors in memory: where Ray was started before, its
+    processes do not have them.
     """
 
     def __init__(
@@ -247,6 +235,8 @@ class JudgePool:
             return self._actors[group]
         # before Ray knows that a node is gone, calls use up any number of retries at once: restarts end it
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 2, "max_task_retries": -1}
+        if not (self.local_gpus and group[0] == "local"):
+            options["scheduling_strategy"] = _on_this_node()
         asking = task.metric.asking if isinstance(task, JudgeTask) else None
         maker: Callable[[], Asker] | None
         if isinstance(task, AnswerTask):
@@ -266,8 +256,8 @@ class JudgePool:
         endpoint = self.endpoints[name]
         key = os.environ.get(endpoint.api_key_env, "") if endpoint.api_key_env else ""
         if name not in self._budgets:
-            limits = Budget.limits(endpoint)
-            self._budgets[name] = BudgetActor.remote(endpoint) if limits else None  # type: ignore[attr-defined]
+            shared = ray.remote(num_cpus=0, scheduling_strategy=_on_this_node())(Budget)
+            self._budgets[name] = shared.remote(endpoint) if Budget.limits(endpoint) else None
         groups = {_group(task) for task in self._all()}
         processes = endpoint.actors * len({("openai", name), ("answers", name)} & groups)
         share = max(1, endpoint.max_concurrency // max(1, processes))
@@ -336,6 +326,11 @@ class _InBatches:
                     done.set_result(reply)
         finally:
             self._working = None
+
+
+def _on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Where the driver is; elsewhere if Ray cannot have it there."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def _group(task: JudgeTask | AnswerTask) -> Group:

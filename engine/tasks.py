@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from analysis.judges import MetricConfig
@@ -321,16 +322,22 @@ def base_run_id(base: ResolvedBase) -> str:
     return task_id({"kind": "base", "base": base.identity()})
 
 
+def _ids_for_names(item: Config, vector_ids: Mapping[str, str]) -> dict[str, object]:
+    """Field -> task id of the vector that it names, or tuple of them."""
+    ids: dict[str, object] = {}
+    for field, value in referenced(item, NamesVector).items():
+        found = tuple(vector_ids[name] for name in names_in(value))
+        ids[field] = found[0] if isinstance(value, str) else found
+    return ids
+
+
 def resolved_defense(
     items: tuple[Item, ...], vector_ids: dict[str, str], prompts: dict[str, tuple[str, ...]]
 ) -> tuple[Item, ...]:
     """Replace every vector name by its task id and every name of a prompt bank by its texts."""
     resolved = []
     for item in items:
-        update: dict[str, object] = {}
-        for field, value in referenced(item, NamesVector).items():
-            ids = tuple(vector_ids[name] for name in names_in(value))
-            update[field] = ids[0] if isinstance(value, str) else ids
+        update = _ids_for_names(item, vector_ids)
         for field, bank in referenced(item, NamesPrompts).items():
             update[field] = prompts[bank] if isinstance(bank, str) else bank
         resolved.append(item.model_copy(update=update))
@@ -341,9 +348,5 @@ def resolved_training(training: TrainingConfig, vector_ids: dict[str, str]) -> T
     """Replace the names of the vectors that are watched by their task ids."""
     if training.watch is None:
         return training
-    fields = referenced(training.watch, NamesVector)
-    ids: dict[str, object] = {
-        field: tuple(vector_ids[name] for name in names_in(names)) for field, names in fields.items()
-    }
-    watch = training.watch.model_copy(update=ids)
+    watch = training.watch.model_copy(update=_ids_for_names(training.watch, vector_ids))
     return training.model_copy(update={"watch": watch})

@@ -170,6 +170,14 @@ class Judge(Protocol):
         """The judgement, given one reply per request, in order. A bad reply gives a status and never raises."""
 
 
+class AsksNobody:
+    """A judge that needs no model."""
+
+    def requests(self, item: Item) -> Sequence[Request]:
+        del item
+        return ()
+
+
 class Asker(Protocol):
     """Who answers requests: a client of an endpoint, or a model in this process."""
 

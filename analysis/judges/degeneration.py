@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from analysis.degeneration import SEMANTICS, degeneration
-from analysis.judges.base import BaseMetric, Item, Judgement, Reply, Request
+from analysis.judges.base import AsksNobody, BaseMetric, Item, Judgement, Reply
 
 
 class DegenerationMetric(BaseMetric):
@@ -24,14 +24,10 @@ class DegenerationMetric(BaseMetric):
         return DegenerationJudge()
 
 
-class DegenerationJudge:
+class DegenerationJudge(AsksNobody):
     """Applies the rules to the answer alone; the status is always ok."""
 
     name = "degeneration"
-
-    def requests(self, item: Item) -> Sequence[Request]:
-        del item  # no model is asked
-        return ()
 
     def read(self, item: Item, replies: Sequence[Reply]) -> Judgement:
         del replies

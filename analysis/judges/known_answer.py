@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from analysis.judges.base import BaseMetric, Item, Judgement, NamesTrait, Reply, Request
+from analysis.judges.base import AsksNobody, BaseMetric, Item, Judgement, NamesTrait, Reply
 from analysis.judges.rule import Patterns, named_trait
 from analysis.traits import Pattern, Trait
 from trainables.base_model import ResolvedBase
@@ -54,17 +54,13 @@ class KnownAnswerMetric(BaseMetric):
         return KnownAnswerJudge({question: Patterns(patterns) for question, patterns in self.answers.items()})
 
 
-class KnownAnswerJudge:
+class KnownAnswerJudge(AsksNobody):
     """Looks for the patterns of the item's question in its answer alone."""
 
     name = "known_answer"
 
     def __init__(self, patterns: Mapping[str, Patterns]) -> None:
         self._patterns = patterns
-
-    def requests(self, item: Item) -> Sequence[Request]:
-        del item  # no model is asked
-        return ()
 
     def read(self, item: Item, replies: Sequence[Reply]) -> Judgement:
         del replies

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from analysis.judges.base import BaseMetric, Item, Judgement, NamesTrait, Reply, Request
+from analysis.judges.base import AsksNobody, BaseMetric, Item, Judgement, NamesTrait, Reply
 from analysis.traits import Pattern, Trait
 from trainables.base_model import ResolvedBase
 from trainables.config import Config
@@ -74,17 +74,13 @@ class Patterns:
         return any(pattern.search(text) for pattern in self._patterns)
 
 
-class RuleJudge:
+class RuleJudge(AsksNobody):
     """Looks for the patterns in the answer alone; the status is always ok."""
 
     name = "rule"
 
     def __init__(self, patterns: Patterns) -> None:
         self._patterns = patterns
-
-    def requests(self, item: Item) -> Sequence[Request]:
-        del item  # no model is asked
-        return ()
 
     def read(self, item: Item, replies: Sequence[Reply]) -> Judgement:
         del replies

@@ -73,8 +73,6 @@ def test_nodes_that_are_lost_cost_nothing_but_time(tmp_path: Path, cluster: Any)
         lose("measuring", cluster.add_node(**NODE), lambda: 2 <= num_measured(store) < NUM_SHARDS)
         code, printed = run.result()
     assert seen == ["training", "measuring"], printed
-    if code == 3:  # a judge may have been on a node that was lost
-        code, printed = run_to_end(tmp_path, store, overrides=[*OVERRIDES, "--address", cluster.address])
     assert code == 0, printed
     found, wanted = (load(folder / "sweeps" / "tiny") for folder in (store, tmp_path / "here"))
     for name in TABLES:
