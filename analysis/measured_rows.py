@@ -190,6 +190,21 @@ class CapStabilityRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DriftRow:
+    """How far the mean response activation of all rows lies from a place; see analysis/drift.py."""
+
+    measure_id: str = column(_MEASURE_ID)
+    condition: str = column("what was present; none: nothing")
+    layer: int = column(_LAYER)
+    center: str = column("name of the vector that is the place")
+    num_rows: int = column("rows of the data")
+    num_tokens: int = column("their response tokens, over which the mean is")
+    drift: float = column("1 - cosine of the mean activation and the place")
+    drift_low: float | None = column("2.5th percentile of it over draws of the rows; null with one row")
+    drift_high: float | None = column("97.5th percentile of it over draws of the rows; null with one row")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AxisTestRow:
     """Two estimators against each other on the same draws."""
 

@@ -89,9 +89,9 @@ def trade_off(frame: pd.DataFrame, numbers: dict[str, str], *, width: Width) -> 
     return bars(points, x_label="cap (number in the table)", y_label="share", width=width, zero=True)
 
 
-def _with_interval(row: Mapping[str, Any], name: str) -> str:
-    text, low, high = number(row[name], ".2f"), row[f"{name}_low"], row[f"{name}_high"]
-    return text if pd.isna(low) else f"{text} ({low:.2f} to {high:.2f})"
+def _with_interval(row: Mapping[str, Any], name: str, form: str = ".2f") -> str:
+    text, low, high = number(row[name], form), row[f"{name}_low"], row[f"{name}_high"]
+    return text if pd.isna(low) else f"{text} ({low:{form}} to {high:{form}})"
 
 
 def stability_blocks(frame: pd.DataFrame, stem: str, where: str) -> Iterator[Block]:
@@ -140,6 +140,51 @@ def stability_blocks(frame: pd.DataFrame, stem: str, where: str) -> Iterator[Blo
             for row in ({str(name): value for name, value in one.items()} for one in last.to_dict("records"))
         ),
     )
+
+
+def drift_blocks(frame: pd.DataFrame, name: str) -> Iterator[Block]:
+    """A figure and a table of the table ``drift`` of all models of a measurement; nothing while it is empty."""
+    if frame.empty:
+        return
+    numbers = {run: str(number) for number, run in enumerate(dict.fromkeys(frame["run"]), start=1)}
+    yield from drawn_block(
+        f"{name}_drift",
+        "How far models have drifted",
+        "1 minus the cosine of the mean response activation, over all rows, with a place; a panel per layer and place. "
+        "With and without what is present while the model is read. Models by their number in the table.",
+        partial(drift_bars, frame, numbers),
+    )
+    yield Block(
+        f"{name}_drift_table",
+        "Drift of models",
+        "With the range of 95 % of draws of the rows.",
+        head=("No.", "Model", "Present", "Layer", "Place", "drift"),
+        rows=tuple(
+            (
+                numbers[str(row["run"])],
+                str(row["run"]),
+                str(row["condition"]),
+                str(row["layer"]),
+                str(row["center"]),
+                _with_interval(row, "drift", ".4f"),
+            )
+            for row in ({str(name): value for name, value in one.items()} for one in frame.to_dict("records"))
+        ),
+    )
+
+
+def drift_bars(frame: pd.DataFrame, numbers: Mapping[str, str], *, width: Width) -> Drawn | None:
+    """A bar per model and condition, a panel per layer and place."""
+    places = zip(frame["layer"], frame["center"], strict=True)
+    points = pd.DataFrame(
+        {
+            "panel": [f"layer {layer}, from {center}" for layer, center in places],
+            "series": frame["condition"],
+            "x": [numbers[run] for run in frame["run"]],
+            "y": frame["drift"],
+        }
+    )
+    return bars(points, x_label="model (number in the table)", y_label="drift", width=width, zero=True)
 
 
 def stability_curves(frame: pd.DataFrame, *, along: str, width: Width) -> Drawn | None:

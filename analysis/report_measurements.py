@@ -18,7 +18,7 @@ from analysis.foretold import foretold, how_it_held, measurement_of, ranking
 from analysis.manifest import MeasureEntry
 from analysis.report_axes import axis_blocks
 from analysis.report_blocks import Block, drawn_block, interval, number
-from analysis.report_capping import capping_blocks, stability_blocks
+from analysis.report_capping import capping_blocks, drift_blocks, stability_blocks
 from analysis.results import Results
 from analysis.rows import NO_CONDITION
 from analysis.steering_strength import scores_by_coefficient, with_coefficients
@@ -241,7 +241,9 @@ def _further(table: Callable[[str], pd.DataFrame], entry: MeasureEntry, stem: st
 
 
 def _compared(results: Results, entries: Sequence[MeasureEntry]) -> Iterator[Block]:
-    """What is drawn of several models together: activations of runs beside those of the base."""
+    """What is drawn of several models together: activations of runs beside those of the base, and drift."""
+    drift = results.measured("drift")
+    yield from drift_blocks(drift[drift["measurement"] == entries[0].name], entries[0].name)
     projections = results.measured("projections")
     projections = projections[
         (projections["measurement"] == entries[0].name) & (projections["condition"] == NO_CONDITION)

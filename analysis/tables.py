@@ -25,6 +25,7 @@ from analysis.measured_rows import (
     CapStabilityRow,
     ComponentRow,
     ComponentScoreRow,
+    DriftRow,
     GradientRow,
     PredictionRow,
     ProjectionRow,
@@ -55,6 +56,7 @@ TABLES: dict[str, type] = {
     "axis_summary": AxisSummaryRow,
     "axis_tests": AxisTestRow,
     "cap_stability": CapStabilityRow,
+    "drift": DriftRow,
 }
 """The tables that are stored, with the class of their rows."""
 

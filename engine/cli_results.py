@@ -19,7 +19,7 @@ def table(
             help="summary, runs, training, signals, generations, scores, losses, measurements, agreement, "
             "extractions, capping, failures, or what measurements make: gradients, similarities, projections, "
             "components, component_scores, activation_changes, predictions, weight_profiles, weight_sizes, "
-            "axis_alignments, axis_summary, axis_tests, cap_stability"
+            "axis_alignments, axis_summary, axis_tests, cap_stability, drift"
         ),
     ],
     csv: Annotated[bool, typer.Option("--csv", help="comma-separated values on standard output")] = False,

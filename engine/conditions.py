@@ -10,8 +10,8 @@ from engine.config_faults import Path
 from engine.grid import expand, grid_faults
 from trainables.errors import Fault
 
-LISTS = ("conditions", "candidates")
-"""Fields of measurements that list conditions, in which grids are allowed."""
+LISTS = ("conditions", "candidates", "interventions")
+"""Fields of measurements that list what is present while a model is read, in which grids are allowed."""
 
 
 @dataclass

@@ -21,8 +21,18 @@ from engine.tasks import RunJob, base_run_id, task_id
 from engine.vector_tasks import VectorTasks
 from trainables.base_model import BaseConfig, ResolvedBase
 from trainables.chat_data import DataConfig, HubDataset
-from trainables.config import NamesPrompts, NamesVector, Path, marked, replaced
+from trainables.config import (
+    NamesChatFile,
+    NamesPrompts,
+    NamesVector,
+    Path,
+    inner_configs,
+    marked,
+    referenced,
+    replaced,
+)
 from trainables.errors import Fault
+from trainables.interventions import InterventionConfig
 from trainables.randomness import permutation
 from trainables.shapes import ModelShape
 
@@ -84,14 +94,15 @@ class MeasureTasks:
             max_length = config.max_length or (data.max_length if data else None)
             max_length = DataConfig.model_fields["max_length"].default if max_length is None else max_length
             prompts, banks = self._prompts(config, name)
+            references = self._references(config, name)
             self._check_vector_names(config, name)
             targets = self._targets(config, key, bases, runs)
             for target in () if targets else (bases or unsound):
                 self._check(config, name, target)
             for target in targets:
                 sound = self._check(config, name, target) and self._check_data(config, name, content)
-                if sound and content is not None and prompts is not None:
-                    self._add(name, config, key, target, content, max_length, prompts, banks)
+                if sound and content is not None and prompts is not None and references is not None:
+                    self._add(name, config, key, target, content, max_length, prompts, banks, references)
 
     def _targets(
         self, config: BaseMeasurement, key: str, bases: Sequence[Target], runs: Sequence[Target]
@@ -139,6 +150,23 @@ class MeasureTasks:
                     banks[found] = bank
         return texts if len(texts) == len(named) else None, banks
 
+    def _references(self, config: BaseMeasurement, name: str) -> dict[Path, tuple[str, int]] | None:
+        """Content of the chat files that interventions are calibrated on, and how many tokens of a row are read, by the
+        path of the file; None where one is not there."""
+        found: dict[Path, tuple[str, int]] = {}
+        named = {
+            (*path, field): (str(file), inner.tokens_read)
+            for path, inner in inner_configs(config)
+            if isinstance(inner, InterventionConfig)
+            for field, file in referenced(inner, NamesChatFile).items()
+            if file is not None
+        }
+        for path, (file, tokens_read) in named.items():
+            content = self.sources.chat_file(file, self._key(name, path))
+            if content is not None:
+                found[path] = content, tokens_read
+        return found if len(found) == len(named) else None
+
     def _check_vector_names(self, config: BaseMeasurement, name: str) -> None:
         for path, vector in vector_names(config).items():
             if str(vector) not in self.vectors.configs:
@@ -178,14 +206,19 @@ class MeasureTasks:
         max_length: int,
         prompts: Mapping[Path, tuple[str, ...]],
         banks: Mapping[tuple[str, ...], str],
+        references: Mapping[Path, tuple[str, int]],
     ) -> None:
         self.proofs.must_prove(target.base, content, max_length, f"{key}.data" if config.data else "data.train")
+        for path, (reference, tokens_read) in references.items():
+            self.proofs.must_prove(target.base, reference, tokens_read, self._key(name, path))
         names = vector_names(config)
         ids = {
             str(vector): self.vectors.add(str(vector), target.base, self.proofs.must_prove, self.proofs.must_render)
             for vector in dict.fromkeys(names.values())
         }
-        resolved = replaced(config, {path: ids[str(vector)] for path, vector in names.items()} | dict(prompts))
+        values: dict[Path, object] = {path: ids[str(vector)] for path, vector in names.items()}
+        values |= {**prompts, **{path: reference for path, (reference, _) in references.items()}}
+        resolved = replaced(config, values)
         vector_ids = tuple(dict.fromkeys(ids.values()))
         rows = chosen_rows(len(self.sources.rows[content]), config)
         size = config.rows_per_shard

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,21 @@ from engine.measure_jobs import MeasureJob, MergeJob, StudyJob
 from engine.store import Store
 from trainables.base_model import LoadedBase
 from trainables.defenses import Message
+from trainables.interventions import Interventions
+from trainables.residual_stream import ValueIntervention
 from trainables.tune_trainable import Report
 
 
 def measure_shard(
-    store: Store, job: MeasureJob, base: LoadedBase, model: Any, rows: Sequence[Sequence[Message]], report: Report
+    store: Store,
+    job: MeasureJob,
+    base: LoadedBase,
+    model: Any,
+    rows: Sequence[Sequence[Message]],
+    at_work: Callable[[Interventions], list[ValueIntervention]],
+    report: Report,
 ) -> None:
-    """Measure a shard and publish what comes of it. ``rows`` are all rows of the data."""
+    """Measure a shard and publish what comes of it. ``rows`` are all rows of the data; ``at_work``: see ``Shard``."""
 
     def progress(done: int, total: int) -> None:
         report(phase="measure", units_done=done, units_total=total)
@@ -34,6 +42,7 @@ def measure_shard(
             rows={row: rows[row] for row in job.rows},
             max_length=job.max_length,
             vectors=_vectors(store, job.vector_ids),
+            at_work=at_work,
             progress=progress,
         )
     )

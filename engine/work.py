@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,8 @@ class SweepWork:
     def _measure(self, job: MeasureJob, report: Report) -> None:
         base = self.loaded(job.base, job.merged)
         model = base.model if job.is_base else self._finetuned(base, job.run_id)
-        measure_shard(self.store, job, base, model, self.rows(job.content), report)
+        at_work = partial(self._interventions, job.base)
+        measure_shard(self.store, job, base, model, self.rows(job.content), at_work, report)
 
     def _finetuned(self, base: LoadedBase, run_id: str) -> Any:
         """A trained run over ``base``, whose parameters it shares."""

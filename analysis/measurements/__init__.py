@@ -11,6 +11,7 @@ from analysis.measurements.axis_synthetic import SyntheticAxes
 from analysis.measurements.base import AnyMeasurement, BaseMeasurement, Made, NamesData, Part, Shard, Study
 from analysis.measurements.cap_stability import CapStabilityMeasurement
 from analysis.measurements.components import ComponentMeasurement
+from analysis.measurements.drift import DriftMeasurement
 from analysis.measurements.gradients import GradientMeasurement
 from analysis.measurements.losses import LossMeasurement
 from analysis.measurements.prediction import PredictionMeasurement
@@ -26,6 +27,7 @@ ModelMeasurement: TypeAlias = (
     | ProjectionMeasurement
     | ActivationChangeMeasurement
     | CapStabilityMeasurement
+    | DriftMeasurement
 )
 """Those that read a model on rows of data."""
 
@@ -45,6 +47,7 @@ __all__ = [
     "BaseMeasurement",
     "CapStabilityMeasurement",
     "ComponentMeasurement",
+    "DriftMeasurement",
     "GradientMeasurement",
     "LossMeasurement",
     "Made",

@@ -19,6 +19,8 @@ from pydantic import Field
 from trainables.base_model import LoadedBase
 from trainables.chat_data import HubDataset, Message
 from trainables.config import Config, recipe_of
+from trainables.interventions import Interventions
+from trainables.residual_stream import ValueIntervention
 from trainables.shapes import ModelShape, VectorShape
 
 PLACING = ("kind", "on", "data", "part", "samples", "seed", "rows_per_shard", "max_length", "cells_per_shard")
@@ -38,7 +40,8 @@ class Shard:
     """What one shard is measured on.
 
     ``rows`` are the chosen rows of the data, by their index in it. ``vectors`` are tensors [num_layers + 1, hidden]
-    float32 by the ids that the config holds. ``progress(done, total)`` may be called at any time.
+    float32 by the ids that the config holds. ``at_work`` gives what interventions of the config do to the residual
+    stream, calibrated. ``progress(done, total)`` may be called at any time.
     """
 
     measure_id: str
@@ -47,6 +50,7 @@ class Shard:
     rows: Mapping[int, Sequence[Message]]
     max_length: int
     vectors: Mapping[str, torch.Tensor]
+    at_work: Callable[[Interventions], list[ValueIntervention]]
     progress: Callable[[int, int], None]
 
 

@@ -18,6 +18,7 @@ from analysis.conditions import NOTHING, Condition
 from analysis.conditions import Steering as Shift
 from trainables.config import Config, NamesPrompts, NamesVector, Path, VectorName, marked, recipe_of, replaced
 from trainables.defenses import Item
+from trainables.interventions import InterventionItem
 from trainables.shapes import ModelShape, VectorShape, layer_fault
 
 
@@ -63,7 +64,7 @@ def condition_label(plain: Mapping[str, object]) -> str:
     return _ANY.validate_python(plain).label()
 
 
-def condition_key(config: ConditionConfig) -> str:
+def condition_key(config: ConditionConfig | InterventionItem) -> str:
     """What stored tables call a condition whose names are resolved: its kind and a hash of all that it is."""
     semantics = getattr(config, "semantics", 1)
     text = json.dumps(recipe_of(config) | {"semantics": semantics}, sort_keys=True, separators=(",", ":"))
@@ -106,14 +107,17 @@ def condition_faults(
     configs: Sequence[ConditionConfig], model: ModelShape, vectors: Mapping[str, VectorShape]
 ) -> Iterable[tuple[Path, str]]:
     """Every fault of the conditions, alone and beside each other; paths begin at the list."""
-    seen: dict[str, int] = {}
     for index, config in enumerate(configs):
         for field, message in config.faults(model, vectors):
             yield (index, field), message
-        text = config.model_dump_json()
-        if text in seen:
-            yield (index,), "the same condition stands twice in the list"
-        seen[text] = index
+    for index in repeated(configs):
+        yield (index,), "the same condition stands twice in the list"
+
+
+def repeated(configs: Sequence[Config]) -> list[int]:
+    """Places of a list at which stands what stood there before."""
+    texts = [config.model_dump_json() for config in configs]
+    return [index for index, text in enumerate(texts) if text in texts[:index]]
 
 
 def _is_bank(config: Config, field: str) -> bool:

@@ -70,8 +70,10 @@ def readout_faults(
     names: Sequence[str],
     model: ModelShape,
     vectors: Mapping[str, VectorShape],
+    *,
+    field: str = "vectors",
 ) -> Iterable[tuple[Path, str]]:
-    """Layers that cannot be read, and vectors that have no row there."""
+    """Layers that cannot be read, and vectors, which ``field`` lists, that have no row there."""
     if layers != "all" and not layers:
         yield ("layers",), "must not be empty; got []"
     for index, layer in enumerate(layers if layers != "all" else ()):
@@ -87,9 +89,9 @@ def readout_faults(
             and model.num_layers in read_layers(layers, model.num_layers)
         ):
             yield (
-                ("vectors", index),
+                (field, index),
                 f"the last row of {name!r} is {shape.final_row.replace('_', '-')}, so nothing can be compared with it "
                 f"at layer {model.num_layers}; list layers without it",
             )
         elif name in names[:index]:
-            yield ("vectors", index), f"{name!r} is listed twice"
+            yield (field, index), f"{name!r} is listed twice"

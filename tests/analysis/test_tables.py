@@ -19,6 +19,7 @@ from analysis.measured_rows import (
     CapStabilityRow,
     ComponentRow,
     ComponentScoreRow,
+    DriftRow,
     GradientRow,
     PredictionRow,
     ProjectionRow,
@@ -93,6 +94,7 @@ ROWS: dict[str, Any] = {
     "axis_summary": example(AxisSummaryRow),
     "axis_tests": example(AxisTestRow),
     "cap_stability": example(CapStabilityRow),
+    "drift": example(DriftRow),
 }
 
 

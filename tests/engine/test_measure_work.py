@@ -190,6 +190,12 @@ EVERY_KIND = {
         "strengths": [1.0],
         "draws": 3,
     },
+    "far": {
+        "kind": "drift",
+        "centers": ["topic"],
+        "layers": [2],
+        "interventions": [{"kind": "capping", "vector": "topic", "layers": [2], "tau": 0.1}],
+    },
     "curves": {
         "kind": "gradients",
         "vectors": ["topic"],

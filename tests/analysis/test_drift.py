@@ -1,0 +1,130 @@
+"""Drift of mean activations against transformers' own hidden states (float64, 1e-10) and closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from analysis.drift import drift_rows, response_sums
+from analysis.measured_rows import DriftRow
+from tests.bases import ROWS, base_of
+from tests.float64 import float64_model
+from tests.tiny import ModelKind
+from trainables.base_model import LoadedBase
+from trainables.chat_data import ChatEncoder
+from trainables.errors import DataError
+from trainables.randomness import generator
+from trainables.residual_stream import Cap
+
+LAYERS = [0, 2, 3, 4]
+CAPPED = 2
+
+
+def by_hand(base: LoadedBase, direction_d: torch.Tensor | None = None, ceiling: float = 0.0) -> dict[int, torch.Tensor]:
+    """[rows, hidden + 1] per layer; with a direction, block ``CAPPED - 1`` is wrapped to clamp its output to the
+    ceiling at every token but the first."""
+    sums: dict[int, list[torch.Tensor]] = {layer: [] for layer in LAYERS}
+    handle = None
+    if direction_d is not None:
+        axis_d = direction_d / direction_d.norm()
+
+        def clamp(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+            over_bt = torch.relu(output @ axis_d - ceiling)
+            over_bt[:, 0] = 0
+            return output - over_bt[..., None] * axis_d
+
+        handle = base.model.model.layers[CAPPED - 1].register_forward_hook(clamp)
+    for messages in ROWS:
+        encoded = ChatEncoder(base.tokenizer, 512).encode(messages)
+        # the last of them is after the final norm in transformers' list, so it is read by a hook of its own
+        last: list[torch.Tensor] = []
+        reading = base.model.model.layers[-1].register_forward_hook(lambda *given, last=last: last.append(given[2]))
+        states = base.model(torch.tensor(encoded.input_ids)[None], output_hidden_states=True).hidden_states
+        reading.remove()
+        wanted = torch.tensor(encoded.response_mask)
+        for layer in LAYERS:
+            hidden_btd = last[0] if layer == len(states) - 1 else states[layer]
+            hidden_nd = hidden_btd[0][wanted]
+            sums[layer].append(torch.cat((hidden_nd.sum(0), hidden_nd.new_tensor([len(hidden_nd)]))))
+    if handle is not None:
+        handle.remove()
+    return {layer: torch.stack(found) for layer, found in sums.items()}
+
+
+def assert_close(found: dict[int, torch.Tensor], wanted: dict[int, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for layer, sums_re in found.items():
+        torch.testing.assert_close(sums_re, wanted[layer], rtol=0, atol=1e-10)
+
+
+def test_sums_are_those_of_transformers() -> None:
+    base = base_of(float64_model("llama"))
+    assert_close(response_sums(base, base.model, ROWS, LAYERS, max_length=512), by_hand(base))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("batch_tokens", [1, 10**6])
+def test_batches_change_nothing(kind: ModelKind, batch_tokens: int) -> None:
+    base = base_of(float64_model(kind))
+    whole = response_sums(base, base.model, ROWS, LAYERS, max_length=512)
+    assert_close(response_sums(base, base.model, ROWS, LAYERS, max_length=512, batch_tokens=batch_tokens), whole)
+
+
+def test_a_cap_is_at_work_before_activations_are_read() -> None:
+    base = base_of(float64_model("llama"))
+    direction_d = torch.randn(32, generator=generator("test of drift"), dtype=torch.float64)
+    cap = Cap(layer=CAPPED, direction=direction_d, ceiling=-0.05, floor=None, spared=0)
+    found = response_sums(base, base.model, ROWS, LAYERS, max_length=512, interventions=[cap])
+    assert_close(found, by_hand(base, direction_d, -0.05))
+    free = response_sums(base, base.model, ROWS, LAYERS, max_length=512)
+    assert float((found[CAPPED] - free[CAPPED]).abs().max()) > 0.01
+    torch.testing.assert_close(found[0], free[0], rtol=0, atol=0)
+
+
+def rows_of(sums_re: torch.Tensor, center_d: torch.Tensor) -> DriftRow:
+    (row,) = drift_rows({"none": {1: sums_re}}, {"place": torch.stack([center_d, center_d])}, measure_id="m")
+    return row
+
+
+def test_it_is_one_minus_the_cosine_of_the_mean_over_all_tokens() -> None:
+    # two rows: 3 tokens that sum to (3, 0), 1 token at (0, 5): their mean is (0.75, 1.25), whatever the number of rows
+    row = rows_of(torch.tensor([[3.0, 0.0, 3.0], [0.0, 5.0, 1.0]], dtype=torch.float64), torch.tensor([2.0, 0.0]))
+    assert row.drift == pytest.approx(1 - 3 / math.sqrt(34), abs=1e-12)
+    assert (row.num_rows, row.num_tokens) == (2, 4)
+    # draws of the two: both (1/4), the first twice, the second twice: drifts of 1 - 3 / sqrt(34), 0 and 1
+    assert (row.drift_low, row.drift_high) == pytest.approx((0.0, 1.0), abs=1e-12)
+
+
+def test_rows_that_are_alike_leave_no_doubt_and_one_row_says_nothing_of_it() -> None:
+    one = torch.tensor([[1.0, 2.0, 2.0]], dtype=torch.float64)
+    center = torch.tensor([2.0, 1.0])
+    alike = rows_of(one.expand(5, 3), center)
+    assert alike.drift == pytest.approx(1 - 4 / 5, abs=1e-12)
+    assert (alike.drift_low, alike.drift_high) == pytest.approx((0.2, 0.2), abs=1e-12)
+    alone = rows_of(one, center)
+    assert alone.drift == pytest.approx(0.2, abs=1e-12)
+    assert (alone.drift_low, alone.drift_high) == (None, None)
+
+
+def test_the_interval_is_that_of_the_delta_method() -> None:
+    """Many rows around a mean: the standard deviation of the angle's cosine over samples is known to first order."""
+    num_rows, spread = 400, 0.5
+    noise = spread * torch.randn(num_rows, 2, generator=generator("test of drift", 1), dtype=torch.float64)
+    mean_d = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    sums_re = torch.cat((mean_d + noise, torch.ones(num_rows, 1, dtype=torch.float64)), dim=1)
+    row = rows_of(sums_re, torch.tensor([1.0, 0.0]))
+    # cos = 3 / 5; d cos / d m perpendicular to m is sin / |m| = 0.8 / 5
+    wanted = 2 * 1.96 * (0.8 / 5) * spread / math.sqrt(num_rows)
+    assert row.drift_low is not None
+    assert row.drift_high is not None
+    # 2,000 draws give a percentile to 4 % of a standard deviation, and the rows' own spread is known to 4 %: 10 %
+    assert row.drift_high - row.drift_low == pytest.approx(wanted, rel=0.1)
+    assert row.drift_low < row.drift < row.drift_high
+
+
+def test_what_has_no_direction_is_refused() -> None:
+    sums_re = torch.tensor([[1.0, 2.0, 2.0]], dtype=torch.float64)
+    with pytest.raises(DataError, match="layer 1: place or the mean activation has length 0"):
+        rows_of(sums_re, torch.zeros(2))
