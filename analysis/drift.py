@@ -61,9 +61,11 @@ def drift_rows(
     """One row per condition, layer and place. ``sums``: condition -> layer -> as ``response_sums`` gives them;
     ``centers``: name -> [num_layers + 1, hidden].
 
-    The interval is the 2.5th to 97.5th percentile over 2,000 draws of as many rows with replacement; the draws depend
-    on the number of rows alone, so conditions and models have the same ones. None with one row. Raises DataError where
-    a mean or a place has no direction.
+    The interval is the basic bootstrap's over 2,000 draws of as many rows with replacement: twice the drift less the
+    97.5th and the 2.5th percentile, cut at 0 and 2. A mean of few rows lies further from any place than that of all
+    would, in every direction that has nothing to do with it, and that of a draw further still; percentiles themselves
+    would count that twice. The draws depend on the number of rows alone, so conditions and models have the same ones.
+    None with one row. Raises DataError where a mean or a place has no direction.
     """
     for condition, by_layer in sums.items():
         for layer, sums_re in by_layer.items():
@@ -75,8 +77,9 @@ def drift_rows(
                     raise DataError(f"layer {layer}: {name} or the mean activation has length 0: it has no direction")
                 low = high = None
                 if len(sums_re) > 1:
-                    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
-                    low, high = torch.quantile(_distances(resampled_xd, center_d), bounds).tolist()
+                    tails = torch.tensor([0.975, 0.025], dtype=torch.float64)
+                    drawn = torch.quantile(_distances(resampled_xd, center_d), tails)
+                    low, high = (2 * drift - drawn).clamp(0, 2).tolist()
                 yield DriftRow(
                     measure_id=measure_id,
                     condition=condition,

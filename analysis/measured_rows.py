@@ -200,8 +200,8 @@ class DriftRow:
     num_rows: int = column("rows of the data")
     num_tokens: int = column("their response tokens, over which the mean is")
     drift: float = column("1 - cosine of the mean activation and the place")
-    drift_low: float | None = column("2.5th percentile of it over draws of the rows; null with one row")
-    drift_high: float | None = column("97.5th percentile of it over draws of the rows; null with one row")
+    drift_low: float | None = column("lower end of its 95 % bootstrap interval over rows; null with one row")
+    drift_high: float | None = column("upper end; null with one row")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,7 +157,7 @@ def drift_blocks(frame: pd.DataFrame, name: str) -> Iterator[Block]:
     yield Block(
         f"{name}_drift_table",
         "Drift of models",
-        "With the range of 95 % of draws of the rows.",
+        "With 95 % bootstrap intervals over rows.",
         head=("No.", "Model", "Present", "Layer", "Place", "drift"),
         rows=tuple(
             (
