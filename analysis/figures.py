@@ -74,7 +74,7 @@ def training_curves(training: pd.DataFrame, kinds: Mapping[str, str], width: Wid
 
     Up to six runs share one panel. More get a panel each, with the first undefended run of ``kinds`` in grey behind.
     """
-    curves = {str(run): _thinned(rows) for run, rows in training.groupby("run", sort=False)}
+    curves = {str(run): thinned(rows) for run, rows in training.groupby("run", sort=False)}
     if not curves:
         return None
     with style(width):
@@ -202,11 +202,12 @@ def _side_by_side(curves: Mapping[str, pd.DataFrame], kinds: Mapping[str, str], 
     return figure
 
 
-def _thinned(rows: pd.DataFrame) -> pd.DataFrame:
-    """At most ``_MAX_POINTS`` points of a curve, each the mean over as many consecutive steps."""
+def thinned(rows: pd.DataFrame, value: str = "loss") -> pd.DataFrame:
+    """At most ``_MAX_POINTS`` points of a curve, columns step and ``value``, each the mean over as many consecutive
+    steps."""
     ordered = rows.sort_values("step", kind="stable")
     per_point = math.ceil(len(ordered) / _MAX_POINTS)
-    return ordered.groupby(np.arange(len(ordered)) // per_point)[["step", "loss"]].mean()
+    return ordered.groupby(np.arange(len(ordered)) // per_point)[["step", value]].mean()
 
 
 def _looks(kinds: Iterator[str]) -> dict[str, dict[str, Any]]:

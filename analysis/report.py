@@ -31,6 +31,7 @@ from analysis.report_content import (
     summary_rows,
 )
 from analysis.report_measurements import measurement_sections, sweep_blocks
+from analysis.report_trainings import kinds_of_trainings, once_each, signal_blocks
 from analysis.report_weights import weight_sections
 from analysis.results import Results
 from trainables.errors import StoreError
@@ -56,6 +57,7 @@ def write_report(results: Results, folder: Path) -> Path:
         raise StoreError(f"{folder}: not empty; a report is written into an empty folder")
     entries = results.manifest.runs
     runs, scores, generations, training = results.runs(), results.scores(), results.generations(), results.training()
+    training = once_each(training, entries)
     summary, panels, kinds = results.summary(), panels_of(entries, scores), kinds_of(entries)
     over_seeds = results.over_seeds() if results.has_several_seeds() else summary.iloc[:0]
     drawn = {
@@ -64,14 +66,15 @@ def write_report(results: Results, folder: Path) -> Path:
         for name, figure in (
             ("outcomes", outcomes(summary, panels, kinds, width)),
             ("over_seeds", outcomes(over_seeds, panels, kinds_of_groups(entries), width)),
-            ("training", training_curves(training, kinds, width)),
+            ("training", training_curves(training, kinds_of_trainings(entries), width)),
         )
         if figure is not None
     }
     measurements = [*measurement_sections(results), *weight_sections(results)]
     together = sweep_blocks(results)
     before_after = before_after_blocks(entries, summary, panels)
-    blocks = [*before_after, *(block for section in measurements for block in section.blocks), *together]
+    watched = list(signal_blocks(results.signals(), entries))
+    blocks = [*before_after, *watched, *(block for section in measurements for block in section.blocks), *together]
     drawn |= {(block.name, width): figure for block in blocks for width, figure in block.drawn.items()}
     statuses = dict(zip(runs["run"], runs["status"], strict=True))
     page = (
@@ -91,6 +94,7 @@ def write_report(results: Results, folder: Path) -> Path:
             over_seeds=seed_rows(over_seeds, panels, entries),
             figures={name: _embedded(drawn, name) for name in ("outcomes", "over_seeds", "training")},
             before_after=before_after,
+            watched=watched,
             measurements=measurements,
             together=together,
             measured_figures={block.name: _embedded(drawn, block.name) for block in blocks if block.drawn},

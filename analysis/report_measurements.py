@@ -19,6 +19,7 @@ from analysis.manifest import MeasureEntry
 from analysis.report_axes import axis_blocks
 from analysis.report_blocks import Block, drawn_block, interval, number
 from analysis.report_capping import capping_blocks, drift_blocks, stability_blocks
+from analysis.report_trainings import training_names
 from analysis.results import Results
 from analysis.rows import NO_CONDITION
 from analysis.steering_strength import scores_by_coefficient, with_coefficients
@@ -243,7 +244,10 @@ def _further(table: Callable[[str], pd.DataFrame], entry: MeasureEntry, stem: st
 def _compared(results: Results, entries: Sequence[MeasureEntry]) -> Iterator[Block]:
     """What is drawn of several models together: activations of runs beside those of the base, and drift."""
     drift = results.measured("drift")
-    yield from drift_blocks(drift[drift["measurement"] == entries[0].name], entries[0].name)
+    drift = drift[drift["measurement"] == entries[0].name]
+    names = training_names(results.manifest.runs)
+    drift = drift.assign(run=drift["run_id"].map(names).fillna(drift["run"]))
+    yield from drift_blocks(drift, entries[0].name)
     projections = results.measured("projections")
     projections = projections[
         (projections["measurement"] == entries[0].name) & (projections["condition"] == NO_CONDITION)

@@ -35,6 +35,12 @@ class NamesData:
 RunLabel: TypeAlias = Annotated[str, Field(min_length=1)]
 
 
+def _none_at_work(items: Interventions) -> list[ValueIntervention]:
+    """What no interventions do."""
+    assert not items, "the shard was given nothing that calibrates them"
+    return []
+
+
 @dataclass(frozen=True, eq=False)
 class Shard:
     """What one shard is measured on.
@@ -50,8 +56,8 @@ class Shard:
     rows: Mapping[int, Sequence[Message]]
     max_length: int
     vectors: Mapping[str, torch.Tensor]
-    at_work: Callable[[Interventions], list[ValueIntervention]]
     progress: Callable[[int, int], None]
+    at_work: Callable[[Interventions], list[ValueIntervention]] = _none_at_work
 
 
 @dataclass(frozen=True, eq=False)
