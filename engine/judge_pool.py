@@ -2,8 +2,8 @@
 
 Actors are of one group each: judges that need no model; those that ask one endpoint for judgements, or for the answers
 of runs, which share its budget; one actor per model of local judges. They need no CPU of their own but for a local
-model, whose one thread runs beside the trials. All that need no GPU live on the driver's node: another one can be lost
-without them.
+model, whose one thread runs beside the trials. All that hold no model live on the driver's node: another one can be
+lost without them.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ class JudgePool:
             return self._actors[group]
         # before Ray knows that a node is gone, calls use up any number of retries at once: restarts end it
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 2, "max_task_retries": -1}
-        if not (self.local_gpus and group[0] == "local"):
+        if group[0] != "local":  # a model may not fit there
             options["scheduling_strategy"] = _on_this_node()
         asking = task.metric.asking if isinstance(task, JudgeTask) else None
         maker: Callable[[], Asker] | None
