@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from scipy import special
 
 from analysis.conditions import NOTHING
 from analysis.measured_batches import BATCH_TOKENS, Measured, aligned_items, batches, read_values
@@ -22,10 +23,7 @@ from analysis.measured_rows import DriftRow
 from trainables.base_model import LoadedBase
 from trainables.defenses import Message
 from trainables.errors import DataError
-from trainables.randomness import generator
 from trainables.residual_stream import ValueIntervention, residual_stream
-
-NUM_RESAMPLES = 2000
 
 
 def response_sums(
@@ -61,25 +59,18 @@ def drift_rows(
     """One row per condition, layer and place. ``sums``: condition -> layer -> as ``response_sums`` gives them;
     ``centers``: name -> [num_layers + 1, hidden].
 
-    The interval is the basic bootstrap's over 2,000 draws of as many rows with replacement: twice the drift less the
-    97.5th and the 2.5th percentile, cut at 0 and 2. A mean of few rows lies further from any place than that of all
-    would, in every direction that has nothing to do with it, and that of a draw further still; percentiles themselves
-    would count that twice. The draws depend on the number of rows alone, so conditions and models have the same ones.
-    None with one row. Raises DataError where a mean or a place has no direction.
+    The estimate and its interval are those of ``estimated``; None where they are not known. Raises DataError where a
+    mean or a place has no direction.
     """
     for condition, by_layer in sums.items():
         for layer, sums_re in by_layer.items():
-            resampled_xd = _resampled(sums_re)
             for name, center in centers.items():
                 center_d = center[layer].double()
-                (drift,) = _distances(sums_re[:, :-1].sum(0, keepdim=True), center_d).tolist()
+                mean_d = sums_re[:, :-1].sum(0) / sums_re[:, -1].sum()
+                drift = float(1 - (mean_d @ center_d) / (mean_d.norm() * center_d.norm()))
                 if math.isnan(drift):
                     raise DataError(f"layer {layer}: {name} or the mean activation has length 0: it has no direction")
-                low = high = None
-                if len(sums_re) > 1:
-                    tails = torch.tensor([0.975, 0.025], dtype=torch.float64)
-                    drawn = torch.quantile(_distances(resampled_xd, center_d), tails)
-                    low, high = (2 * drift - drawn).clamp(0, 2).tolist()
+                estimate = estimated(sums_re, center_d)
                 yield DriftRow(
                     measure_id=measure_id,
                     condition=condition,
@@ -88,21 +79,55 @@ def drift_rows(
                     num_rows=len(sums_re),
                     num_tokens=round(float(sums_re[:, -1].sum())),
                     drift=drift,
-                    drift_low=low,
-                    drift_high=high,
+                    drift_estimate=estimate.mean if estimate is not None else None,
+                    drift_estimate_low=estimate.low if estimate is not None else None,
+                    drift_estimate_high=estimate.high if estimate is not None else None,
                 )
 
 
-def _resampled(sums_re: torch.Tensor) -> torch.Tensor:
-    """Sums of h over draws of rows, [resamples, hidden]; their lengths do not matter to a cosine."""
+class Estimated(NamedTuple):
+    """An estimate with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def estimated(sums_re: torch.Tensor, center_d: torch.Tensor) -> Estimated | None:
+    """What the drift would be over all rows such as these; None with fewer than 3, or where they scatter so much that
+    their mean has no direction.
+
+    The mean m of R rows is longer than that of all by the scatter of the rows, in directions that have nothing to do
+    with it: E |m|^2 = |mu|^2 + V. So V is estimated, as that of a ratio of sums, and taken off:
+
+        V = R / (R - 1) sum over r of |S_r - n_r m|^2 / N^2        estimate = 1 - <m, c> / (|c| sqrt(|m|^2 - V))
+
+    with S_r and n_r sum and number of the tokens of row r, and N of all. The interval is the jackknife's over rows with
+    Student's t of R - 1 degrees, cut at 0 and 2.
+    """
     num_rows = len(sums_re)
-    drawn = torch.randint(num_rows, (NUM_RESAMPLES, num_rows), generator=generator("drift", num_rows))
-    times_xr = torch.zeros(NUM_RESAMPLES, num_rows, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones_like(drawn, dtype=torch.float64)
-    )
-    return times_xr @ sums_re[:, :-1]
+    if num_rows < 3:
+        return None
+    sums_rd, counts_r = sums_re[:, :-1], sums_re[:, -1]
+    squares_r, weighted_rd = (sums_rd * sums_rd).sum(1), counts_r[:, None] * sums_rd
 
+    def drift(left_out: torch.Tensor, rows: int) -> torch.Tensor:
+        """[x] for every row [r] of ``left_out`` [x, r], which is 1 where a row is left out."""
+        kept = 1 - left_out
+        counts_x = kept @ counts_r
+        mean_xd = kept @ sums_rd / counts_x[:, None]
+        lengths_x = (mean_xd * mean_xd).sum(1)
+        scatter_x = (
+            kept @ squares_r - 2 * (mean_xd * (kept @ weighted_rd)).sum(1) + lengths_x * (kept @ counts_r.square())
+        )
+        free_x = lengths_x - rows / (rows - 1) * scatter_x / counts_x.square()
+        return 1 - (mean_xd @ center_d) / (center_d.norm() * free_x.sqrt())
 
-def _distances(values_xd: torch.Tensor, center_d: torch.Tensor) -> torch.Tensor:
-    """1 - cos with the center, [x]; NaN where either has length 0."""
-    return 1 - (values_xd @ center_d) / (values_xd.norm(dim=1) * center_d.norm())
+    whole = float(drift(sums_re.new_zeros(1, num_rows), num_rows))
+    parts = drift(torch.eye(num_rows, dtype=sums_re.dtype), num_rows - 1)
+    error = math.sqrt((num_rows - 1) / num_rows * float((parts - parts.mean()).square().sum()))
+    half = float(special.stdtrit(num_rows - 1, 0.975)) * error
+    if math.isnan(whole) or math.isnan(half):
+        return None
+    low, high = (min(2.0, max(0.0, end)) for end in (whole - half, whole + half))
+    return Estimated(min(high, max(low, whole)), low, high)

@@ -199,9 +199,13 @@ class DriftRow:
     center: str = column("name of the vector that is the place")
     num_rows: int = column("rows of the data")
     num_tokens: int = column("their response tokens, over which the mean is")
-    drift: float = column("1 - cosine of the mean activation and the place")
-    drift_low: float | None = column("lower end of its 95 % bootstrap interval over rows; null with one row")
-    drift_high: float | None = column("upper end; null with one row")
+    drift: float = column("1 - cosine of the mean activation of these rows and the place")
+    drift_estimate: float | None = column(
+        "what it would be over all rows such as these: less, as a mean of few rows lies off in every direction; null "
+        "with fewer than 3 rows, or where they scatter too much"
+    )
+    drift_estimate_low: float | None = column("lower end of its 95 % interval over rows")
+    drift_estimate_high: float | None = column("upper end")
 
 
 @dataclass(frozen=True, kw_only=True)

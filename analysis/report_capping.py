@@ -157,8 +157,9 @@ def drift_blocks(frame: pd.DataFrame, name: str) -> Iterator[Block]:
     yield Block(
         f"{name}_drift_table",
         "Drift of models",
-        "With 95 % bootstrap intervals over rows.",
-        head=("No.", "Model", "Present", "Layer", "Place", "drift"),
+        "Of the rows that were read, and what it would be over all rows such as these, with 95 % intervals over rows: "
+        "a mean of few rows lies off in every direction, and so a little further from any place.",
+        head=("No.", "Model", "Present", "Layer", "Place", "drift", "over all rows"),
         rows=tuple(
             (
                 numbers[str(row["run"])],
@@ -166,7 +167,8 @@ def drift_blocks(frame: pd.DataFrame, name: str) -> Iterator[Block]:
                 str(row["condition"]),
                 str(row["layer"]),
                 str(row["center"]),
-                _with_interval(row, "drift", ".4f"),
+                number(row["drift"], ".4f"),
+                _with_interval(row, "drift_estimate", ".4f"),
             )
             for row in ({str(name): value for name, value in one.items()} for one in frame.to_dict("records"))
         ),

@@ -1,7 +1,7 @@
 """The trainings of a sweep, each once: rows that differ in their evaluation alone share one.
 
-A training is called by the words that the labels of its rows begin with; where two would be called the same, by the
-label of its first row.
+A training is called by the words that the labels of its rows begin with; where something else is called the same, by
+the label of its first row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from analysis.panels import curves
 from analysis.report_blocks import Block, drawn_block
 from analysis.report_content import kinds_of
 
-_MAX_CURVES = 12
+_MAX_CURVES, _MAX_LAYERS = 12, 3
 _WORDS = {
     "activation_projection": "activation along",
     "gradient_cosine": "gradient's cosine with",
@@ -37,7 +37,11 @@ def training_names(entries: Sequence[RunEntry]) -> dict[str, str]:
             labels.setdefault(entry.run_id, []).append(entry.label)
     names = {run_id: _beginning(of_one) for run_id, of_one in labels.items()}
     counts = Counter(names.values())
-    return {run_id: name if counts[name] == 1 and name else labels[run_id][0] for run_id, name in names.items()}
+    others = Counter(entry.label for entry in entries if entry.kind != "run")
+    return {
+        run_id: name if name and counts[name] + others[name] == 1 else labels[run_id][0]
+        for run_id, name in names.items()
+    }
 
 
 def kinds_of_trainings(entries: Sequence[RunEntry]) -> dict[str, str]:
@@ -59,6 +63,11 @@ def signal_blocks(signals: pd.DataFrame, entries: Sequence[RunEntry]) -> Iterato
         return
     names = list(dict.fromkeys(own["run"]))
     more = f" The first {_MAX_CURVES} of {len(names)} trainings." if len(names) > _MAX_CURVES else ""
+    layers = sorted(set(own["layer"].dropna()))
+    if len(layers) > _MAX_LAYERS:
+        shown = [layers[0], layers[len(layers) // 2], layers[-1]]
+        own = own[own["layer"].isna() | own["layer"].isin(shown)]
+        more += f" The first, middle and last of {len(layers)} layers."
     yield from drawn_block(
         "signals",
         "What was watched while runs trained",

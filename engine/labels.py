@@ -9,7 +9,7 @@ from pathlib import PurePath
 
 _MAX_VALUE_CHARACTERS = 60
 _FILE = re.compile(r"\S+\.[A-Za-z]\w{1,7}")  # ends like a file's name: rows.jsonl, but not Qwen2.5-7B
-_QUESTIONS = "evaluation.questions"
+_QUESTIONS, _INTERVENTIONS = "evaluation.questions", "evaluation.interventions"
 _LONG_CHARACTERS = 24  # such as a path: left out where something shorter tells the same cells apart
 
 Flat = dict[str, object]
@@ -58,8 +58,9 @@ def _in_defense(name: str) -> bool:
     return name == "defense" or name.startswith("defense.")
 
 
-def _in_evaluation(name: str) -> bool:
-    return name.startswith("evaluation.")
+def _is_setting(name: str) -> bool:
+    """Of how answers are asked for; what is present meanwhile is none, it is what is tried."""
+    return name.startswith("evaluation.") and name not in (_QUESTIONS, _INTERVENTIONS)
 
 
 def _flatten(value: object, prefix: str = "") -> Flat:
@@ -109,7 +110,7 @@ def _without_twins(flat: Sequence[Flat], names: Sequence[str]) -> list[str]:
     told = {classes(name) for name in names if name not in long}
     kept = [name for name in names if name not in long or classes(name) not in told]
     asked = {classes(name) for name in kept if name == _QUESTIONS}
-    return [name for name in kept if name == _QUESTIONS or not (_in_evaluation(name) and classes(name) in asked)]
+    return [name for name in kept if not (_is_setting(name) and classes(name) in asked)]
 
 
 def _parts(one: Flat, names: Sequence[str], only_short: bool = False) -> str:

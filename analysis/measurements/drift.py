@@ -50,12 +50,12 @@ class DriftMeasurement(BaseMeasurement):
 
     def names(self, vectors: Mapping[str, str], banks: Mapping[tuple[str, ...], str]) -> dict[str, str]:
         del banks
-        named = {
-            condition_key(item): replaced(
-                item, {path: vectors[str(vector)] for path, vector in marked(item, NamesVector).items()}
-            ).label()
-            for item in self.interventions
-        }
+        named: dict[str, str] = {}
+        for item in self.interventions:
+            values = {path: vectors[str(vector)] for path, vector in marked(item, NamesVector).items()}
+            label = replaced(item, values).label()
+            alike = sum(known.partition(" #")[0] == label for known in named.values())  # two files to calibrate on
+            named[condition_key(item)] = f"{label} #{alike + 1}" if alike else label
         return dict(vectors) | named
 
     def measure(self, shard: Shard) -> Made:

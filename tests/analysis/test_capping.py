@@ -147,7 +147,7 @@ def test_models_and_caps_that_are_called_alike_are_told_apart() -> None:
     for number, values in enumerate(([1.0, 1.0], [0.0, 0.0])):
         several.add([STEER], {"trait": values}, 1.0)
         several.add([STEER, CAP], {"trait": values}, 1.0)
-        several.add([STEER, CAP | {"first_token": True}], {"trait": [0, 0]}, 1.0)
+        several.add([STEER, CAP | {"max_length": 256}], {"trait": [0, 0]}, 1.0)
         for place in (-1, -2, -3):
             one = several.entries[place]
             changes = {"kind": "run", "run_id": f"{number:012x}", "config": one.config | {"defense": "none"}}

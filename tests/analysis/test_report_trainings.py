@@ -55,6 +55,8 @@ def test_two_of_one_name_are_called_by_their_first_rows() -> None:
     ]
     entries = [entry(label, run_id) for label, run_id in zip(labels, "aabb", strict=True)]
     assert list(training_names(entries).values()) == [labels[0], labels[2]]
+    as_the_base = [entry("base", "f", kind="base"), entry("base questions=a", "a"), entry("base questions=b", "a")]
+    assert list(training_names(as_the_base).values()) == ["base questions=a"]
     nothing_shared = [entry("one", "a"), entry("two", "a")]
     assert list(training_names(nothing_shared).values()) == ["one"]
 
@@ -89,3 +91,9 @@ def test_with_many_trainings_the_first_are_shown() -> None:
     rows = [(one.label, one.run_id, 1, "drift", "mean", 3, 0.5) for one in entries]
     (block,) = signal_blocks(pd.DataFrame(rows, columns=list(signals().columns)), entries)
     assert block.text.endswith("The first 12 of 13 trainings.")
+
+
+def test_of_many_layers_three_are_shown() -> None:
+    rows = [("run", "a" * 12, 1, "drift", "mean", layer, 0.5) for layer in range(1, 31)]
+    (block,) = signal_blocks(pd.DataFrame(rows, columns=list(signals().columns)), [entry("run", "a")])
+    assert block.text.endswith("The first, middle and last of 30 layers.")

@@ -27,10 +27,15 @@ DRIFT = {
     "data": "data/train.jsonl",
     "centers": ["place"],
     "layers": [1, 3],
-    "interventions": [CAP, {"kind": "steering", "vector": "topic", "layers": [2], "coefficient": 2.0}],
+    "interventions": [
+        CAP,
+        CAP | {"ceiling": {"percentile": 90}, "reference": "data/positive.jsonl"},
+        {"kind": "steering", "vector": "topic", "layers": [2], "coefficient": 2.0},
+    ],
     "rows_per_shard": 3,
 }
-CONDITIONS = ["none", "cap topic L2-3 at most p0", "cap topic L2-3 at most p90", "steer topic L2 x2"]
+CAPS = [f"cap topic L2-3 at most {bound}" for bound in ("p0", "p90", "p90 #2")]
+CONDITIONS = ["none", *CAPS, "steer topic L2 x2"]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,9 @@ def test_a_row_per_model_condition_layer_and_place(done: Results) -> None:
         (run, condition, layer, "place") for run in ("base", "none") for condition in CONDITIONS for layer in (1, 3)
     ]
     assert set(frame["num_rows"]) == {8}
-    assert (frame["drift_low"] <= frame["drift_high"]).all()
+    assert (frame["drift_estimate_low"] <= frame["drift_estimate"]).all()
+    assert (frame["drift_estimate"] <= frame["drift_estimate_high"]).all()
+    assert (frame["drift_estimate"] < frame["drift"]).all()
     by = frame.set_index(["run", "condition", "layer"])["drift"]
     # below what is clamped nothing changes; a ceiling at the least projection of the reference moves what is above it
     for condition in CONDITIONS[1:]:
@@ -87,7 +94,7 @@ def test_shards_change_nothing(sweep: TinySweep, done: Results, tmp_path: Path) 
     found = done.table("drift")
     keys = ["run", "condition", "layer", "center", "num_rows", "num_tokens"]
     pd.testing.assert_frame_equal(found[keys], other[keys])
-    for column in ("drift", "drift_low", "drift_high"):
+    for column in ("drift", "drift_estimate", "drift_estimate_low", "drift_estimate_high"):
         assert found[column].to_numpy() == pytest.approx(other[column].to_numpy(), abs=1e-6)
 
 
@@ -107,9 +114,9 @@ def test_the_reference_is_part_of_what_is_measured(sweep: TinySweep, tmp_path: P
 
 
 def test_what_is_wrong_is_said_before_anything_starts(sweep: TinySweep) -> None:
-    unknown = ["interventions.0.reference=data/no_such.jsonl", "interventions.1.vector=topik", "layers=[9]"]
+    unknown = ["interventions.0.reference=data/no_such.jsonl", "interventions.2.vector=topik", "layers=[9]"]
     assert set(sweep.faults(*(f"measure.far.{one}" for one in unknown))) == {
-        f"measure.far.{key}" for key in ("interventions[0].reference", "interventions[1].vector", "layers[0]")
+        f"measure.far.{key}" for key in ("interventions[0].reference", "interventions[2].vector", "layers[0]")
     }
     twice = [{"kind": "steering", "vector": "topic", "layers": [2], "coefficient": 1.0}] * 2
     sweep.raw["measure"]["far"] = DRIFT | {"layers": [9], "centers": ["place", "place"], "interventions": twice}

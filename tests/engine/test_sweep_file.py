@@ -257,6 +257,14 @@ class TestLabels:
             "none temperature=0.5 questions=recipe",
         ]
 
+    def test_what_is_present_is_always_said(self, files: Files) -> None:
+        attack = {"kind": "steering", "vector": "bridge", "layers": [3], "coefficient": 1.0}
+        other = {"questions": "recipe", "temperature": 0.0, "interventions": [attack]}
+        assert labels(files.load(minimal(runs=[{"defense": "none"}, {"defense": "none", "evaluation": other}]))) == [
+            "none interventions=none questions=bridge",
+            "none interventions=steer bridge L3 x1 questions=recipe",
+        ]
+
     def test_own_labels_replace_the_defense(self, files: Files) -> None:
         runs = [{"defense": "none", "label": "plain"}, {"defense": PPS, "label": "steered"}]
         sweep = files.load(minimal(runs=runs, axes={"seed": {"grid": [0, 1]}}))

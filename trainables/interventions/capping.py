@@ -54,7 +54,8 @@ class Capping(InterventionConfig):
             parts.append(f"at least {_text(self.floor)}")
         if self.ceiling is not None:
             parts.append(f"at most {_text(self.ceiling)}")
-        return f"cap {self.vector} {layers_label(self.layers)} {' and '.join(parts)}"
+        spared = " first token too" if self.first_token else ""
+        return f"cap {self.vector} {layers_label(self.layers)} {' and '.join(parts)}{spared}"
 
     def faults(self, model: ModelShape, vectors: Mapping[str, VectorShape]) -> Iterable[tuple[Path, str]]:
         for message in layers_faults(self.layers, model, [vectors.get(self.vector)]):
