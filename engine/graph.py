@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Literal
 
 from analysis.judges import MetricConfig
@@ -161,12 +162,9 @@ class Graph:
 
         base_id = base_run_id(base)
         self.shapes[train.id] = self.shapes[base_id] = sound.found.shape
-        number = len(self.base_entries) + 1
-        label = BASE if number == 1 else f"{BASE} #{number}"
-        if number > 1 and cell.evaluation.interventions:
-            label += f" under {interventions_label(cell.evaluation.interventions)}"
         shared = ("base", "evaluation")
         config = {name: value for name, value in entry.config.items() if name.partition(".")[0] in shared}
+        label = _base_label(cell, config, self.base_entries)
         base_entry = self._evaluate(sound, base_id, label, "base", config)
         # Unlike with runs, the names of metrics count: they are the columns beside which the runs are read.
         what = (_identity(base_entry), base_entry.judge_ids)
@@ -362,6 +360,18 @@ class Graph:
         epochs, rest = divmod(steps, math.ceil(num_rows / batch_size))
         rows_used = epochs * num_rows + min(rest * batch_size, num_rows)
         return steps, round(num_tokens * rows_used / num_rows)
+
+
+def _base_label(cell: Cell, config: Mapping[str, Scalar], bases: Sequence[RunEntry]) -> str:
+    """What the next base is called: its number, and how it is asked otherwise than the first one."""
+    if not bases:
+        return BASE
+    label, asked = f"{BASE} #{len(bases) + 1}", "evaluation.questions"
+    if config[asked] != bases[0].config[asked]:
+        label += f" on {PurePath(cell.evaluation.questions).stem}"
+    if cell.evaluation.interventions:
+        label += f" under {interventions_label(cell.evaluation.interventions)}"
+    return label
 
 
 def _identity(entry: RunEntry) -> tuple[str, str, str | None, frozenset[str]]:

@@ -48,11 +48,12 @@ class TestSharing:
             {"defense": PPS},
             {"defense": "none", "evaluation": {"samples": 3}},
             {"defense": "none", "base": {"dtype": "bfloat16"}},
+            {"defense": "none", "evaluation": {"questions": "bridge"}},
         ]
         bases = [entry for entry in sweep.prepare().manifest.runs if entry.kind == "base"]
-        assert [entry.label for entry in bases] == ["base", "base #2", "base #3"]
-        assert [entry.config["evaluation.samples"] for entry in bases] == [2, 3, 2]
-        assert [entry.config["base.dtype"] for entry in bases] == ["float32", "float32", "bfloat16"]
+        assert [entry.label for entry in bases] == ["base", "base #2", "base #3", "base #4 on bridge"]
+        assert [entry.config["evaluation.samples"] for entry in bases] == [2, 3, 2, 2]
+        assert [entry.config["base.dtype"] for entry in bases] == ["float32", "float32", "bfloat16", "float32"]
         assert bases[0].run_id == bases[1].run_id != bases[2].run_id
 
     @pytest.mark.parametrize(
