@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from scipy import special
 
+from analysis.bootstrap import CONFIDENCE
 from analysis.conditions import NOTHING
-from analysis.measured_batches import BATCH_TOKENS, Measured, aligned_items, batches, read_values
+from analysis.measured_batches import BATCH_TOKENS, Measured, Progress, aligned_items, batches, read_values
 from analysis.measured_rows import DriftRow
 from trainables.base_model import LoadedBase
 from trainables.defenses import Message
@@ -31,26 +32,36 @@ def response_sums(
     model: Any,
     rows: Sequence[Sequence[Message]],
     layers: Sequence[int],
+    conditions: Mapping[str, Sequence[ValueIntervention]],
     *,
     max_length: int,
-    interventions: Sequence[ValueIntervention] = (),
     batch_tokens: int = BATCH_TOKENS,
-) -> dict[int, torch.Tensor]:
-    """Per layer the sum of h over the response tokens of every row and, last, their number: [rows, hidden + 1] float64.
+    progress: Progress | None = None,
+) -> dict[str, dict[int, torch.Tensor]]:
+    """Per condition and layer the sum of h over the response tokens of every row and, last, their number:
+    [rows, hidden + 1] float64.
 
-    h is read after ``interventions``. Raises DataError for rows that cannot be encoded.
+    h is read after what is at work in ``conditions``, by name. ``progress(done, total)`` counts rows under conditions.
+    Raises DataError for rows that cannot be encoded.
     """
-    items = [group[0] for group in aligned_items(base, rows, [NOTHING], max_length=max_length)]
-    found: dict[tuple[int, int], torch.Tensor] = {}  # (row, layer) -> [hidden + 1]
+    groups = aligned_items(base, rows, [NOTHING], max_length=max_length)
+    sums: dict[str, dict[int, torch.Tensor]] = {}
+    done, total = 0, len(groups) * len(conditions)
+    for name, interventions in conditions.items():
+        found: dict[tuple[int, int], torch.Tensor] = {}  # (layer, row) -> [hidden + 1]
 
-    def read(batch: Measured, layer: int, hidden_nd: torch.Tensor) -> None:
-        for item, part in zip(batch.items, hidden_nd.cpu().double().split(batch.counts), strict=True):
-            found[item.row, layer] = torch.cat((part.sum(0), part.new_tensor([len(part)])))
+        def read(batch: Measured, layer: int, hidden_nd: torch.Tensor, found: Any = found) -> None:
+            for item, part in zip(batch.items, hidden_nd.cpu().double().split(batch.counts), strict=True):
+                found[layer, item.row] = torch.cat((part.sum(0), part.new_tensor([len(part)])))
 
-    with residual_stream(model, interventions):
-        for batch in batches([[item] for item in items], batch_tokens):
-            read_values(base, model, batch, layers, read)
-    return {layer: torch.stack([found[row, layer] for row in range(len(items))]) for layer in layers}
+        with residual_stream(model, interventions):
+            for batch in batches(groups, batch_tokens):
+                read_values(base, model, batch, layers, read)
+                done += len(batch)
+                if progress is not None:
+                    progress(done, total)
+        sums[name] = {layer: torch.stack([found[layer, row] for row in range(len(groups))]) for layer in layers}
+    return sums
 
 
 def drift_rows(
@@ -70,7 +81,7 @@ def drift_rows(
                 drift = float(1 - (mean_d @ center_d) / (mean_d.norm() * center_d.norm()))
                 if math.isnan(drift):
                     raise DataError(f"layer {layer}: {name} or the mean activation has length 0: it has no direction")
-                estimate = estimated(sums_re, center_d)
+                estimate, low, high = estimated(sums_re, center_d) or (None, None, None)
                 yield DriftRow(
                     measure_id=measure_id,
                     condition=condition,
@@ -79,23 +90,15 @@ def drift_rows(
                     num_rows=len(sums_re),
                     num_tokens=round(float(sums_re[:, -1].sum())),
                     drift=drift,
-                    drift_estimate=estimate.mean if estimate is not None else None,
-                    drift_estimate_low=estimate.low if estimate is not None else None,
-                    drift_estimate_high=estimate.high if estimate is not None else None,
+                    drift_estimate=estimate,
+                    drift_estimate_low=low,
+                    drift_estimate_high=high,
                 )
 
 
-class Estimated(NamedTuple):
-    """An estimate with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def estimated(sums_re: torch.Tensor, center_d: torch.Tensor) -> Estimated | None:
-    """What the drift would be over all rows such as these; None with fewer than 3, or where they scatter so much that
-    their mean has no direction.
+def estimated(sums_re: torch.Tensor, center_d: torch.Tensor) -> tuple[float, float, float] | None:
+    """What the drift would be over all rows such as these, with both ends of its 95 % interval; None with fewer than 3
+    rows, or where they scatter so much that their mean has no direction.
 
     The mean m of R rows is longer than that of all by the scatter of the rows, in directions that have nothing to do
     with it: E |m|^2 = |mu|^2 + V. So V is estimated, as that of a ratio of sums, and taken off:
@@ -126,8 +129,8 @@ def estimated(sums_re: torch.Tensor, center_d: torch.Tensor) -> Estimated | None
     whole = float(drift(sums_re.new_zeros(1, num_rows), num_rows))
     parts = drift(torch.eye(num_rows, dtype=sums_re.dtype), num_rows - 1)
     error = math.sqrt((num_rows - 1) / num_rows * float((parts - parts.mean()).square().sum()))
-    half = float(special.stdtrit(num_rows - 1, 0.975)) * error
+    half = float(special.stdtrit(num_rows - 1, (1 + CONFIDENCE) / 2)) * error
     if math.isnan(whole) or math.isnan(half):
         return None
     low, high = (min(2.0, max(0.0, end)) for end in (whole - half, whole + half))
-    return Estimated(min(high, max(low, whole)), low, high)
+    return min(high, max(low, whole)), low, high

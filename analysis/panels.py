@@ -177,7 +177,7 @@ def bars(points: pd.DataFrame, *, x_label: str, y_label: str, width: Width, zero
         thick = 0.8 / len(series)
         for axes, panel in zip(all_axes, panels, strict=True):
             for number, name in enumerate(series):
-                part = found[(found["panel"] == panel) & (found["series"] == name)].groupby("x", sort=False)["y"].mean()
+                part = found[(found["panel"] == panel) & (found["series"] == name)].set_index("x")["y"]
                 at = [place for place in places if place in part.index]
                 axes.bar(
                     [places.index(place) + (number - (len(series) - 1) / 2) * thick for place in at],

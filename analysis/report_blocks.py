@@ -10,6 +10,8 @@ import pandas as pd
 from analysis.figure_style import Drawn, Width
 from analysis.report_content import NO_VALUE
 
+MAX_LAYERS = 3
+"""Of a figure that has a panel, or more, for each."""
 WIDTHS: tuple[Width, ...] = ("page", "column")
 
 
@@ -30,6 +32,14 @@ def drawn_block(name: str, title: str, text: str, draw: Callable[..., Drawn | No
     drawn = {width: figure for width in WIDTHS if (figure := draw(width=width)) is not None}
     if drawn:
         yield Block("".join(c if c.isalnum() or c in "-_" else "_" for c in name), title, text, drawn)
+
+
+def few_layers(read: pd.DataFrame) -> list[int]:
+    """Layers that are drawn: the first, the middle and the last that were read; nothing is chosen by what it shows."""
+    layers = sorted(set(read["layer"].dropna()))
+    if len(layers) <= MAX_LAYERS:
+        return layers
+    return [layers[0], layers[len(layers) // 2], layers[-1]]
 
 
 def number(value: float, form: str) -> str:

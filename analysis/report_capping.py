@@ -146,6 +146,7 @@ def drift_blocks(frame: pd.DataFrame, name: str) -> Iterator[Block]:
     """A figure and a table of the table ``drift`` of all models of a measurement; nothing while it is empty."""
     if frame.empty:
         return
+    frame = frame.drop_duplicates(["run", "condition", "layer", "center"])  # labels of one training, each measured
     numbers = {run: str(number) for number, run in enumerate(dict.fromkeys(frame["run"]), start=1)}
     yield from drawn_block(
         f"{name}_drift",

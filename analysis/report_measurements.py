@@ -17,7 +17,7 @@ from analysis.cross_trait import cross_trait, cross_trait_gradients
 from analysis.foretold import foretold, how_it_held, measurement_of, ranking
 from analysis.manifest import MeasureEntry
 from analysis.report_axes import axis_blocks
-from analysis.report_blocks import Block, drawn_block, interval, number
+from analysis.report_blocks import MAX_LAYERS, Block, drawn_block, few_layers, interval, number
 from analysis.report_capping import capping_blocks, drift_blocks, stability_blocks
 from analysis.report_trainings import training_names
 from analysis.results import Results
@@ -26,7 +26,6 @@ from analysis.steering_strength import scores_by_coefficient, with_coefficients
 
 WEIGHTS = "weight_steering"
 """A kind that has sections of its own (analysis/report_weights.py)."""
-_MAX_LAYERS = 3
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def _blocks(results: Results, entry: MeasureEntry) -> Iterator[Block]:
     gradients = table("gradients")
     if len(gradients):
         vectors = list(dict.fromkeys(gradients["vector"]))
-        layers = _few_layers(gradients)
+        layers = few_layers(gradients)
         trait = str(entry.config.get("trait") or vectors[0])
         yield from drawn_block(
             f"{stem}_cosine_scatter",
@@ -215,9 +214,9 @@ def _further(table: Callable[[str], pd.DataFrame], entry: MeasureEntry, stem: st
             f"{stem}_explained",
             f"Directions of the gradient's change{where}",
             "Share of the (uncentred) change of the gradient that each principal direction explains.",
-            partial(figures.explained_variance, components, layers=layers[:_MAX_LAYERS]),
+            partial(figures.explained_variance, components, layers=layers[:MAX_LAYERS]),
         )
-        for layer in layers[:_MAX_LAYERS]:
+        for layer in layers[:MAX_LAYERS]:
             yield from drawn_block(
                 f"{stem}_components_{layer}",
                 f"What the directions are, layer {layer}{where}",
@@ -237,7 +236,7 @@ def _further(table: Callable[[str], pd.DataFrame], entry: MeasureEntry, stem: st
                 f"{stem}_change_scatter_{vector}",
                 f"One gradient step with and without a defense, along {vector}{where}",
                 "A point per row. Below the identity line the defended step moves activations less along the vector.",
-                partial(figures.change_scatter, changes, vector=vector, layers=_few_layers(changes)),
+                partial(figures.change_scatter, changes, vector=vector, layers=few_layers(changes)),
             )
 
 
@@ -336,11 +335,3 @@ def _predicted(name: str, frame: pd.DataFrame) -> Iterator[Block]:
                 labels=labels,
             ),
         )
-
-
-def _few_layers(gradients: pd.DataFrame) -> list[int]:
-    """Layers of a scatter: the first, the middle and the last that were read; nothing is chosen by what it shows."""
-    layers = sorted(set(gradients["layer"]))
-    if len(layers) <= _MAX_LAYERS:
-        return layers
-    return [layers[0], layers[len(layers) // 2], layers[-1]]

@@ -17,10 +17,10 @@ from analysis.figure_style import Drawn, Width
 from analysis.figures import thinned
 from analysis.manifest import RunEntry
 from analysis.panels import curves
-from analysis.report_blocks import Block, drawn_block
+from analysis.report_blocks import Block, drawn_block, few_layers
 from analysis.report_content import kinds_of
 
-_MAX_CURVES, _MAX_LAYERS = 12, 3
+_MAX_CURVES = 12
 _WORDS = {
     "activation_projection": "activation along",
     "gradient_cosine": "gradient's cosine with",
@@ -63,11 +63,10 @@ def signal_blocks(signals: pd.DataFrame, entries: Sequence[RunEntry]) -> Iterato
         return
     names = list(dict.fromkeys(own["run"]))
     more = f" The first {_MAX_CURVES} of {len(names)} trainings." if len(names) > _MAX_CURVES else ""
-    layers = sorted(set(own["layer"].dropna()))
-    if len(layers) > _MAX_LAYERS:
-        shown = [layers[0], layers[len(layers) // 2], layers[-1]]
+    shown, num_layers = few_layers(own), own["layer"].nunique()
+    if len(shown) < num_layers:
         own = own[own["layer"].isna() | own["layer"].isin(shown)]
-        more += f" The first, middle and last of {len(layers)} layers."
+        more += f" The first, middle and last of {num_layers} layers."
     yield from drawn_block(
         "signals",
         "What was watched while runs trained",

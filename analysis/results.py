@@ -289,11 +289,12 @@ class Results:
         labels = pa.schema([(name, pa.string()) for name in ("run", "run_id", *extra)])
         schema = pa.schema([*labels, *schema_of(table)])
         parts = [schema.empty_table()]
+        stored: dict[str, pa.Table] = {}  # rows of the sweep may share a training
         for entry, task_id, values in sources:
             key = table_key(table, task_id)
             if not self._exists(key):
                 continue
-            rows = read_parquet(self.location / key, table)
+            rows = stored[key] = stored[key] if key in stored else read_parquet(self.location / key, table)
             label = entry.run if isinstance(entry, MeasureEntry) else entry.label
             marks = {"run": label, "run_id": entry.run_id, **values}
             repeated = [pa.repeat(pa.scalar(marks[name], pa.string()), rows.num_rows) for name in labels.names]

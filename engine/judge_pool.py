@@ -256,8 +256,10 @@ class JudgePool:
         endpoint = self.endpoints[name]
         key = os.environ.get(endpoint.api_key_env, "") if endpoint.api_key_env else ""
         if name not in self._budgets:
-            shared = ray.remote(num_cpus=0, scheduling_strategy=_on_this_node())(Budget)
-            self._budgets[name] = shared.remote(endpoint) if Budget.limits(endpoint) else None
+            self._budgets[name] = None
+            if Budget.limits(endpoint):
+                shared = ray.remote(num_cpus=0, scheduling_strategy=_on_this_node())(Budget)
+                self._budgets[name] = shared.remote(endpoint)
         groups = {_group(task) for task in self._all()}
         processes = endpoint.actors * len({("openai", name), ("answers", name)} & groups)
         share = max(1, endpoint.max_concurrency // max(1, processes))

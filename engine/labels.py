@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
+from analysis.names import numbered
+
 _MAX_VALUE_CHARACTERS = 60
 _FILE = re.compile(r"\S+\.[A-Za-z]\w{1,7}")  # ends like a file's name: rows.jsonl, but not Qwen2.5-7B
 _QUESTIONS, _INTERVENTIONS = "evaluation.questions", "evaluation.interventions"
@@ -38,20 +40,7 @@ def unique_labels(heads: Sequence[str], cells: Sequence[Mapping[str, object]]) -
             hidden = [name for name in _differing([flat[index] for index in same]) if _in_defense(name)]
             for index in same:
                 labels[index] += _parts(flat[index], hidden, only_short=True)
-    return _numbered(labels)
-
-
-def _numbered(labels: Sequence[str]) -> list[str]:
-    taken: set[str] = set()
-    result = []
-    for label in labels:
-        unique, number = label, 1
-        while unique in taken or (number > 1 and unique in labels):
-            number += 1
-            unique = f"{label} #{number}"
-        taken.add(unique)
-        result.append(unique)
-    return result
+    return numbered(labels)
 
 
 def _in_defense(name: str) -> bool:

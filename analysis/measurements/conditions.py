@@ -56,6 +56,9 @@ class Steering(Config):
 ConditionConfig: TypeAlias = Annotated[Item | Steering, Field(discriminator="kind")]
 
 
+AnyCondition: TypeAlias = ConditionConfig | InterventionItem
+"""Also what is there while a model answers, which only some measurements read under."""
+
 _ANY: TypeAdapter[ConditionConfig] = TypeAdapter(ConditionConfig)
 
 
@@ -64,7 +67,7 @@ def condition_label(plain: Mapping[str, object]) -> str:
     return _ANY.validate_python(plain).label()
 
 
-def condition_key(config: ConditionConfig | InterventionItem) -> str:
+def condition_key(config: AnyCondition) -> str:
     """What stored tables call a condition whose names are resolved: its kind and a hash of all that it is."""
     semantics = getattr(config, "semantics", 1)
     text = json.dumps(recipe_of(config) | {"semantics": semantics}, sort_keys=True, separators=(",", ":"))
@@ -85,8 +88,8 @@ def all_conditions(configs: Sequence[ConditionConfig], vectors: Mapping[str, tor
 
 
 def named_condition(
-    config: ConditionConfig, vectors: Mapping[str, str], banks: Mapping[tuple[str, ...], str]
-) -> ConditionConfig:
+    config: AnyCondition, vectors: Mapping[str, str], banks: Mapping[tuple[str, ...], str]
+) -> AnyCondition:
     """A resolved condition with the sweep's names back in it; ``vectors`` is id -> name."""
     values: dict[Path, object] = {path: vectors[str(vector)] for path, vector in marked(config, NamesVector).items()}
     for field in type(config).model_fields:
@@ -97,7 +100,7 @@ def named_condition(
 
 
 def condition_names(
-    conditions: Sequence[ConditionConfig], vectors: Mapping[str, str], banks: Mapping[tuple[str, ...], str]
+    conditions: Sequence[AnyCondition], vectors: Mapping[str, str], banks: Mapping[tuple[str, ...], str]
 ) -> dict[str, str]:
     """What stored tables call the resolved conditions -> their labels."""
     return {condition_key(config): named_condition(config, vectors, banks).label() for config in conditions}

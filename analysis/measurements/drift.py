@@ -10,11 +10,12 @@ from pydantic import Field
 
 from analysis.drift import drift_rows, response_sums
 from analysis.measurements.base import BaseMeasurement, Made, Part, Shard
-from analysis.measurements.conditions import condition_key, repeated
+from analysis.measurements.conditions import condition_key, condition_names, repeated
 from analysis.measurements.under_conditions import readout_faults
+from analysis.names import numbered
 from analysis.rows import NO_CONDITION
-from trainables.config import NamesVector, Path, VectorNames, marked, replaced
-from trainables.interventions import InterventionItem, Interventions, interventions_faults
+from trainables.config import Path, VectorNames
+from trainables.interventions import InterventionItem, interventions_faults
 from trainables.shapes import ModelShape, VectorShape
 
 
@@ -49,32 +50,26 @@ class DriftMeasurement(BaseMeasurement):
         return 1 + len(self.interventions)
 
     def names(self, vectors: Mapping[str, str], banks: Mapping[tuple[str, ...], str]) -> dict[str, str]:
-        del banks
-        named: dict[str, str] = {}
-        for item in self.interventions:
-            values = {path: vectors[str(vector)] for path, vector in marked(item, NamesVector).items()}
-            label = replaced(item, values).label()
-            alike = sum(known.partition(" #")[0] == label for known in named.values())  # two files to calibrate on
-            named[condition_key(item)] = f"{label} #{alike + 1}" if alike else label
-        return dict(vectors) | named
+        named = condition_names(self.interventions, vectors, banks)
+        # labels do not say which file a cap is calibrated on
+        return dict(vectors) | dict(zip(named, numbered(list(named.values())), strict=True))
 
     def measure(self, shard: Shard) -> Made:
-        rows, tensors = list(shard.rows.values()), dict[str, torch.Tensor]()
-        conditions: dict[str, Interventions] = {NO_CONDITION: ()}
-        conditions |= {condition_key(item): (item,) for item in self.interventions}
-        for done, (name, items) in enumerate(conditions.items(), start=1):
-            sums = response_sums(
-                shard.base,
-                shard.model,
-                rows,
-                self.layers,
-                max_length=shard.max_length,
-                interventions=shard.at_work(items),
-            )
-            shard.progress(done, len(conditions))
-            for layer, sums_re in sums.items():
-                for number, row_e in zip(shard.rows, sums_re, strict=True):
-                    tensors[f"{name}/{layer}/{number}"] = row_e
+        sums = response_sums(
+            shard.base,
+            shard.model,
+            list(shard.rows.values()),
+            self.layers,
+            {NO_CONDITION: [], **{condition_key(item): shard.at_work((item,)) for item in self.interventions}},
+            max_length=shard.max_length,
+            progress=shard.progress,
+        )
+        tensors = {
+            f"{name}/{layer}/{number}": row_e
+            for name, by_layer in sums.items()
+            for layer, sums_re in by_layer.items()
+            for number, row_e in zip(shard.rows, sums_re, strict=True)
+        }
         return Made({}, tensors)
 
     def merge(self, measure_id: str, parts: Sequence[Part], vectors: Mapping[str, torch.Tensor]) -> Made:

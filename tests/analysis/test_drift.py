@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 
 from analysis.drift import drift_rows, response_sums
+from analysis.measured_batches import BATCH_TOKENS
 from analysis.measured_rows import DriftRow
+from analysis.report_capping import drift_blocks
 from tests.bases import ROWS, base_of
 from tests.float64 import float64_model
 from tests.tiny import ModelKind
@@ -16,7 +19,7 @@ from trainables.base_model import LoadedBase
 from trainables.chat_data import ChatEncoder
 from trainables.errors import DataError
 from trainables.randomness import generator
-from trainables.residual_stream import Cap
+from trainables.residual_stream import Cap, ValueIntervention
 
 LAYERS = [0, 2, 3, 4]
 CAPPED = 2
@@ -61,26 +64,31 @@ def assert_close(found: dict[int, torch.Tensor], wanted: dict[int, torch.Tensor]
 
 def test_sums_are_those_of_transformers() -> None:
     base = base_of(float64_model("llama"))
-    assert_close(response_sums(base, base.model, ROWS, LAYERS, max_length=512), by_hand(base))
+    assert_close(sums_of(base), by_hand(base))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("batch_tokens", [1, 10**6])
 def test_batches_change_nothing(kind: ModelKind, batch_tokens: int) -> None:
     base = base_of(float64_model(kind))
-    whole = response_sums(base, base.model, ROWS, LAYERS, max_length=512)
-    assert_close(response_sums(base, base.model, ROWS, LAYERS, max_length=512, batch_tokens=batch_tokens), whole)
+    whole = sums_of(base)
+    assert_close(sums_of(base, batch_tokens=batch_tokens), whole)
 
 
 def test_a_cap_is_at_work_before_activations_are_read() -> None:
     base = base_of(float64_model("llama"))
     direction_d = torch.randn(32, generator=generator("test of drift"), dtype=torch.float64)
     cap = Cap(layer=CAPPED, direction=direction_d, ceiling=-0.05, floor=None, spared=0)
-    found = response_sums(base, base.model, ROWS, LAYERS, max_length=512, interventions=[cap])
+    found = sums_of(base, cap)
     assert_close(found, by_hand(base, direction_d, -0.05))
-    free = response_sums(base, base.model, ROWS, LAYERS, max_length=512)
+    free = sums_of(base)
     assert float((found[CAPPED] - free[CAPPED]).abs().max()) > 0.01
     torch.testing.assert_close(found[0], free[0], rtol=0, atol=0)
+
+
+def sums_of(base: LoadedBase, *at_work: ValueIntervention, batch_tokens: int = BATCH_TOKENS) -> dict[int, torch.Tensor]:
+    conditions = {"one": at_work}
+    return response_sums(base, base.model, ROWS, LAYERS, conditions, max_length=512, batch_tokens=batch_tokens)["one"]
 
 
 def rows_of(sums_re: torch.Tensor, center_d: torch.Tensor) -> DriftRow:
@@ -154,6 +162,25 @@ def test_rows_without_a_common_direction_have_no_estimate() -> None:
     row = rows_of(opposite, torch.tensor([1.0, 0.0]))
     assert row.drift_estimate is None
     assert not math.isnan(row.drift)
+
+
+def test_conditions_are_read_apart_and_counted() -> None:
+    base = base_of(float64_model("llama"))
+    cap = Cap(layer=CAPPED, direction=torch.ones(32, dtype=torch.float64), ceiling=-0.05, floor=None, spared=0)
+    seen: list[tuple[int, int]] = []
+    both = response_sums(
+        base, base.model, ROWS, LAYERS, {"free": [], "cap": [cap]}, max_length=512, progress=lambda *at: seen.append(at)
+    )
+    assert_close(both["free"], sums_of(base))
+    assert_close(both["cap"], sums_of(base, cap))
+    assert seen[-1] == (2 * len(ROWS), 2 * len(ROWS))
+
+
+def test_a_model_that_was_measured_under_several_labels_is_shown_once() -> None:
+    one = rows_of(torch.tensor([[1.0, 2.0, 2.0]], dtype=torch.float64), torch.tensor([2.0, 1.0]))
+    frame = pd.DataFrame([vars(one) | {"run": "none"}] * 2)
+    _, table = drift_blocks(frame, "far")
+    assert [row[:2] for row in table.rows] == [("1", "none")]
 
 
 def test_what_has_no_direction_is_refused() -> None:
